@@ -1,0 +1,77 @@
+# make demo | test | test-slow | lint | format | clean; each sets up .venv first, once.
+#
+#   PYTHON=python3.12                interpreter of the environment (default: python3.11, else python3)
+#   PIP_FLAGS="--extra-index-url U"  more flags for pip, as for a build of torch without CUDA
+#   PYTEST_FLAGS="-k guidance"       more flags for pytest
+#   DEMO_TRAIN="--max_steps 5"       more options for the demo's training,
+#   DEMO_EVAL="--num_prompts 8"      and for its evaluation
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-slow demo lint format clean
+
+# The first that runs, not the first that is found: a version manager's shim may stand for nothing.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO_TRAIN ?=
+DEMO_EVAL ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt $(PIP_FLAGS)
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python found; give PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: the versions in constraints.txt need Python 3.11, and this is $$($(PYTHON) -V);" \
+	    "give PYTHON=..." >&2; exit 1; }
+	@echo "== environment: $(VENV) with $$($(PYTHON) -V), a few minutes, once"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "   torch ..."
+	@$(PIP) torch
+	@echo "   diffusers, transformers, peft and the rest ..."
+	@$(PIP) -e '.[dev,wandb,tensorboard]'
+	@touch $@
+
+test: $(STAMP)
+	@echo '== tests, all but the slow ones'
+	@$(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_FLAGS)
+
+test-slow: $(STAMP)
+	@echo '== slow tests'
+	@$(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)
+
+# Nothing is downloaded. Threads: accelerate would otherwise take the number of physical cores, and warn.
+demo: export HF_HUB_OFFLINE = 1
+demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+demo: $(STAMP)
+	@echo '== demo 1/2: GRPO trains a LoRA on a tiny model -> runs/demo'
+	@$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml \
+	    train_grpo.py --config configs/tiny/demo.yaml --overwrite $(DEMO_TRAIN)
+	@echo '== demo 2/2: guidance over a sweep of w, and the report'
+	@$(BIN)/python -m rlg.evaluate --config configs/eval/demo.yaml \
+	    --ckpt "$$(ls -d runs/demo/checkpoint-* | sort -V | tail -n 1)" $(DEMO_EVAL)
+	@echo "== report: $$(ls -t runs/demo/eval/*/report.html | sed -n 1p)"
+
+lint: $(STAMP)
+	@echo '== lint'
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo 'not formatted; make format' >&2; exit 1; }
+	@$(BIN)/codespell
+
+format: $(STAMP)
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
+
+# runs/ is kept: nothing here deletes results.
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,223 @@
+"""Rewards: what a reward is, the table of those that exist, and `build`, which mixes several.
+
+A reward is one file with one factory and one line in `REWARDS`; its heavy imports live inside the factory, so that
+this table costs nothing to read. A mix keeps every part, raw, next to the weighted total: a trainer may weight rewards
+(the total) or normalise each one's advantages first (the parts; GDPO, MixGRPO), as their scales differ a thousandfold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_PIXEL_SLACK = 1e-3  # how far outside [0, 1] rounding may take a pixel
+
+
+class Reward(Protocol):
+    """Scores images; higher is better. Deterministic, and a score depends on its own image, prompt and metadata alone.
+
+    images_B3HW: float RGB in [0, 1], any device; prompts and metadata: one per image. Returns B scores, fp32 on CPU.
+    May raise ValueError for metadata that it cannot work with.
+    """
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor: ...
+
+
+class RewardError(ValueError):
+    """A reward failed; the message names the reward, the prompt and the index of the image in the batch."""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """A line of the table of rewards."""
+
+    factory: str | None  # "module:function", called with the device; None while the reward is not written yet
+    summary: str  # one line
+    range: str  # of the raw score; "about" where it is typical rather than a bound
+    model: str  # what computes it
+    needs: str  # extra packages, servers or downloads
+
+    @property
+    def available(self) -> bool:
+        """Whether this version can build it."""
+        return self.factory is not None
+
+
+# Ranges and models: the publications and public ports.
+# fmt: off
+REWARDS: dict[str, RewardSpec] = {
+    "jpeg_compressibility": RewardSpec("rewards.jpeg:compressibility", "minus the JPEG's kB", "< 0", "Pillow", "-"),
+    "jpeg_incompressibility": RewardSpec("rewards.jpeg:incompressibility", "the JPEG's kB", "> 0", "Pillow", "-"),
+    "composition": RewardSpec("rewards.composition:partial", "GenEval's partial credit", "[0, 1]", "blobs", "-"),
+    "composition_strict": RewardSpec("rewards.composition:strict", "GenEval's verdict", "0 or 1", "blobs", "-"),
+    "pickscore": RewardSpec(None, "human preference", "about 18 to 24", "yuvalkirstain/PickScore_v1", "download"),
+    "hpsv2": RewardSpec(None, "human preference", "about 0.14 to 0.31", "xswu/HPSv2 (v2.1)", "download"),
+    "imagereward": RewardSpec(None, "human preference", "about -2 to 2", "ImageReward-v1.0", "download"),
+    "aesthetic": RewardSpec(None, "LAION aesthetics", "about 4 to 7", "CLIP ViT-L/14 + linear head", "download"),
+    "clipscore": RewardSpec(None, "text-image cosine", "about 0.15 to 0.35", "CLIP ViT-L/14", "download"),
+    "ocr": RewardSpec(None, "the quoted text is legible", "[0, 1]", "PaddleOCR", "paddleocr"),
+    "geneval": RewardSpec(None, "composition of photos", "[0, 1]", "Mask2Former + CLIP ViT-L/14", "HTTP server"),
+    "unifiedreward": RewardSpec(None, "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5", "sglang server"),
+    "qwenvl": RewardSpec(None, "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct", "GPU, download"),
+    "remote": RewardSpec(None, "any reward behind HTTP", "the server's", "the server's", "HTTP server"),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class RewardScores:
+    """What a mix says of B images; fp32 on CPU."""
+
+    total_B: Tensor  # sum over rewards of weight * part
+    parts: dict[str, Tensor]  # name -> (B,) raw scores, before the weight
+
+
+@dataclass(frozen=True)
+class RewardMix:
+    """A weighted sum of rewards that checks each of them on every call.
+
+    Raises ValueError for no rewards at all, or weights that are not as many finite numbers.
+    """
+
+    rewards: Mapping[str, Reward]
+    weights: tuple[float, ...]  # one per reward, in order; a reward of weight 0 is scored and logged
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError(f"no reward is named; available: {', '.join(available_names())}")
+        if len(self.weights) != len(self.rewards):
+            raise ValueError(f"{len(self.rewards)} rewards ({', '.join(self.names)}) but {len(self.weights)} weights")
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards' names, in the order of the weights."""
+        return tuple(self.rewards)
+
+    @torch.no_grad()
+    def __call__(
+        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> RewardScores:
+        """Total and parts for B images in [0, 1].
+
+        Raises ValueError for images of another shape, type or range and for as many prompts or metadata as there are
+        not images; RewardError when a reward raises, or returns another shape, NaN or an infinity.
+        """
+        _check_batch(images_B3HW, prompts, metadata)
+        parts = {name: _score(name, self.rewards[name], images_B3HW, prompts, metadata) for name in self.names}
+        total_B = torch.zeros(len(prompts))
+        for part_B, weight in zip(parts.values(), self.weights, strict=True):
+            total_B += weight * part_B
+        return RewardScores(total_B, parts)
+
+
+def available_names() -> list[str]:
+    """Names of the rewards that this version can build."""
+    return [name for name, spec in REWARDS.items() if spec.available]
+
+
+def lookup(name: str) -> RewardSpec:
+    """The table's line for a name. Raises ValueError, with the nearest name, for one that the table lacks."""
+    if name in REWARDS:
+        return REWARDS[name]
+    nearest = difflib.get_close_matches(str(name), REWARDS, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
+
+
+def build(
+    names: Sequence[str], weights: Sequence[float] | None = None, device: torch.device | str = "cpu"
+) -> RewardMix:
+    """Load the named rewards on a device; all weights are 1 unless given.
+
+    Raises ValueError for an unknown name, one not available in this version, a duplicate, or unfit weights.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"the rewards must be a list of names, got the string {names!r}")
+    specs = {name: lookup(name) for name in names}
+    if len(specs) < len(names):
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        raise ValueError(f"reward named more than once: {', '.join(twice)}; give it one weight instead")
+    for name, spec in specs.items():
+        if not spec.available:
+            known = ", ".join(available_names())
+            raise ValueError(f"reward {name!r} is not available yet in this version (available: {known})")
+    chosen = (1.0,) * len(names) if weights is None else tuple(weights)
+    RewardMix(dict.fromkeys(specs, _unloaded), chosen)  # refuse unfit weights before anything is downloaded
+    return RewardMix({name: _load(spec, device) for name, spec in specs.items()}, chosen)
+
+
+def _unloaded(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    raise AssertionError("a reward that was never loaded")
+
+
+def _load(spec: RewardSpec, device: torch.device | str) -> Reward:
+    assert spec.factory is not None
+    module, function = spec.factory.split(":")
+    return getattr(importlib.import_module(module), function)(device)
+
+
+def _check_batch(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+    if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3 or not images_B3HW.is_floating_point():
+        shape = tuple(images_B3HW.shape)
+        raise ValueError(f"images must be a float tensor (B, 3, H, W), got {images_B3HW.dtype} {shape}")
+    if not len(images_B3HW) == len(prompts) == len(metadata):
+        raise ValueError(f"{len(images_B3HW)} images, but {len(prompts)} prompts and {len(metadata)} metadata")
+    if images_B3HW.numel() == 0:
+        return
+    low_B, high_B = images_B3HW.flatten(1).aminmax(dim=1)
+    inside_B = (low_B >= -_PIXEL_SLACK) & (high_B <= 1 + _PIXEL_SLACK)  # false for NaN
+    if not inside_B.all():
+        index = int((~inside_B).nonzero()[0])
+        span = f"from {low_B[index]:.3g} to {high_B[index]:.3g}"
+        raise ValueError(f"{_place(index, prompts)} has pixels {span}; rewards take images in [0, 1]")
+
+
+def _place(index: int, prompts: Sequence[str]) -> str:
+    return f"image {index} of {len(prompts)} (prompt {textwrap.shorten(prompts[index], 200)!r})"
+
+
+def _score(
+    name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+) -> Tensor:
+    try:
+        scores_B = reward(images_B3HW, prompts, metadata)
+    except Exception as error:  # whatever a reward's model throws, the user learns which image it was
+        index, cause = _culprit(reward, images_B3HW, prompts, metadata, error)
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise RewardError(f"reward {name!r} failed on {_place(index, prompts)}: {reason}") from error
+    if not isinstance(scores_B, Tensor) or scores_B.shape != (len(prompts),):
+        got = f"shape {tuple(scores_B.shape)}" if isinstance(scores_B, Tensor) else type(scores_B).__name__
+        raise RewardError(f"reward {name!r} returned {got} for {len(prompts)} images, first prompt {prompts[:1]!r}")
+    scores_B = scores_B.detach().float().cpu()
+    broken = (~scores_B.isfinite()).nonzero()
+    if len(broken):
+        index = int(broken[0])
+        raise RewardError(f"reward {name!r} returned {scores_B[index].item()} for {_place(index, prompts)}")
+    return scores_B
+
+
+def _culprit(
+    reward: Reward,
+    images_B3HW: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    error: Exception,
+) -> tuple[int, Exception]:
+    """Index of the first image that fails alone, and how; 0 and `error` if only the whole batch fails."""
+    for i in range(len(prompts)):
+        try:
+            reward(images_B3HW[i : i + 1], prompts[i : i + 1], metadata[i : i + 1])
+        except Exception as alone:
+            return i, alone
+    return 0, error

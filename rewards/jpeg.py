@@ -1,0 +1,50 @@
+"""JPEG size as a reward (DDPO, arXiv 2305.13301): no model, no download, and the effect of RL is there to see.
+
+    jpeg_compressibility = -kB    jpeg_incompressibility = +kB    (1 kB = 1000 bytes, quality 95, 4:2:0, Pillow)
+
+As in ddpo-pytorch. Flow-GRPO divides the compressibility by 500 kB; a weight of 0.002 gives that scale.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rewards import Reward
+
+QUALITY = 95
+
+
+def size_kb(images_B3HW: Tensor) -> Tensor:
+    """Size in kB (1000 bytes) of each image, float in [0, 1], as a JPEG of quality 95; (B,) fp32 on CPU."""
+    pixels_BHW3 = (images_B3HW.float().cpu() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return torch.tensor([_encoded_bytes(Image.fromarray(image)) / 1000 for image in pixels_BHW3], dtype=torch.float32)
+
+
+def _encoded_bytes(image: Image.Image) -> int:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=QUALITY)
+    return buffer.tell()
+
+
+def compressibility(device: torch.device | str) -> Reward:
+    """Factory of `jpeg_compressibility`; always on the CPU."""
+
+    def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return -size_kb(images_B3HW)
+
+    return reward
+
+
+def incompressibility(device: torch.device | str) -> Reward:
+    """Factory of `jpeg_incompressibility`; always on the CPU."""
+
+    def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return size_kb(images_B3HW)
+
+    return reward

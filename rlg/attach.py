@@ -1,0 +1,95 @@
+"""A slider on any diffusers pipeline: `guide = rlg.apply(pipe, "adapter"); guide.scale = 1.6; pipe("...")`.
+
+The denoiser's `forward` is wrapped and nothing else: classifier-free guidance and the lerp are both linear, so wrapping
+the denoiser equals wrapping the whole update, for every pipeline and every scheduler of diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlg import adapters
+from rlg.guidance import Weight, check_finite
+
+_DENOISERS = ("transformer", "unet")  # what diffusers pipelines call their network
+
+
+def denoiser_name(pipe: Any) -> str:
+    """The pipeline's attribute that holds its denoiser. Raises ValueError if it has none that we know."""
+    for name in _DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise ValueError(f"{type(pipe).__name__} has no denoiser named {' or '.join(_DENOISERS)}")
+
+
+class Guide:
+    """Reinforcement Learning Guidance on a pipeline. `scale` may be changed between calls; `remove()` undoes it all."""
+
+    def __init__(self, pipe: Any, network: nn.Module, scale: Weight):
+        self.pipe, self.network = pipe, network
+        self._forward: Callable[..., Any] = network.forward
+        self.scale = scale
+        network.forward = self._guided  # type: ignore[method-assign]
+
+    @property
+    def scale(self) -> Weight:
+        """w: a number, one per sample of the denoiser's batch, or a function of the network's time."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: Weight) -> None:
+        check_finite(value)
+        self._scale = value
+
+    def remove(self) -> None:
+        """Restore the denoiser; the adapter stays attached, at w = 1."""
+        self.network.forward = self._forward  # type: ignore[method-assign]
+
+    def _guided(self, *args: Any, **kwargs: Any) -> Any:
+        w = self._weight(args, kwargs)
+        if isinstance(w, float) and w == 1.0:
+            return self._forward(*args, **kwargs)
+        with adapters.disabled(self.network):
+            base = self._forward(*args, **kwargs)
+        if isinstance(w, float) and w == 0.0:
+            return base
+        return _lerp(base, self._forward(*args, **kwargs), w)
+
+    def _weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
+        if isinstance(self._scale, Tensor):
+            return self._scale if self._scale.ndim else float(self._scale)
+        if not callable(self._scale):
+            return float(self._scale)
+        time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if time is None:
+            raise ValueError("a scale that is a function of t needs a denoiser that takes `timestep`")
+        w = float(self._scale(float(torch.as_tensor(time).flatten()[0])))
+        check_finite(w)
+        return w
+
+
+def _lerp(base: Any, tuned: Any, w: float | Tensor) -> Any:
+    """base + w (tuned - base) on a tensor, a tuple or an output object, in fp32."""
+    if isinstance(base, Tensor):
+        column = w.to(base.device).reshape(-1, *[1] * (base.ndim - 1)) if isinstance(w, Tensor) else w
+        return ((1 - column) * base.float() + column * tuned.float()).to(base.dtype)
+    if isinstance(base, tuple):
+        return (_lerp(base[0], tuned[0], w), *tuned[1:])
+    base.sample = _lerp(base.sample, tuned.sample, w)
+    return base
+
+
+def apply(pipe: Any, adapter: str | Path, scale: Weight = 1.0) -> Guide:
+    """Attach an adapter to a diffusers pipeline and guide it with w = `scale`.
+
+    adapter: one of our checkpoints, a PEFT folder or a diffusers LoRA file, in safetensors.
+    Raises ValueError if the pipeline has no denoiser, or the adapter is missing, damaged or made for another base.
+    """
+    name = denoiser_name(pipe)
+    adapters.load(pipe, name, adapter)
+    return Guide(pipe, getattr(pipe, name), scale)

@@ -1,0 +1,406 @@
+"""Evaluate an adapter under Reinforcement Learning Guidance over a sweep of w.
+
+    python -m rlg.evaluate --ckpt runs/NAME/checkpoint-N --scales 0 0.25 0.5 0.75 1 1.5 2 3
+
+Base and adapter-enabled passes run on one network; several w share a batch; w = 0 and w = 1 take one pass. Noise is a
+function of (seed, prompt, k), so all scales, modes and later runs are paired. Beside the sweep (mode "rlg") it runs the
+two baselines that cost the same or less: the tuned model with twice the steps ("tuned_2x_steps", equal network
+evaluations) and the LoRA scaled by w ("lora_scale", one pass).
+
+The work is cut into units (a few prompts, all their images, all scales) whose batches do not depend on the number of
+processes; each process takes every n-th unit and appends its rows to a file of its own. What is already scored is not
+done again. Path KL is in nats, by Girsanov with the variance that is really injected (stochastic samplers only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from rewards import RewardMix
+from rlg import adapters, guidance, process, sampling
+from rlg import prompts as prompt_sets
+from rlg.cli import fail_cleanly
+from rlg.policy import DTYPES, Policy
+from rlg.process import KERNELS
+from rlg.prompts import Prompt
+from rlg.sampling import SampleId, SampleNoise
+
+RLG, TWICE, LORA_SCALE = "rlg", "tuned_2x_steps", "lora_scale"
+MODES = (RLG, TWICE, LORA_SCALE)
+ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
+_DIVERSITY_SIDE = 16  # images are compared at 16x16: layout and colour, not texture
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What decides the rows of an evaluation."""
+
+    scales: tuple[float, ...]
+    modes: tuple[str, ...]
+    steps: int
+    sampler: str  # a kernel of rlg.process
+    level: float
+    cfg: float
+    resolution: int | None
+    k: int  # images a prompt
+    seed: int
+    batch_size: int  # rows a batch, before classifier-free guidance
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(math.isfinite(w) for w in self.scales):
+            raise ValueError(f"--scales must be finite numbers, got {list(self.scales)}")
+        unknown = sorted(set(self.modes) - set(MODES))
+        if unknown:
+            raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
+        if min(self.k, self.steps, self.batch_size) < 1:
+            raise ValueError("--k, --steps and --batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    prompt_id: int
+    k: int
+    w: float
+    mode: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch of finished jobs."""
+
+    pixels_B3HW: Tensor  # [0, 1]
+    kl_B: Tensor | None  # nats
+    nfe_B: Tensor
+    seconds_B: Tensor
+
+
+def plan(settings: EvalSettings, prompt_ids: Sequence[int], done: set[Job]) -> list[list[Job]]:
+    """Units of work, each a batch of one mode (and of one w for `lora_scale`), without what is done."""
+    units: list[list[Job]] = []
+    for mode, scales in _sweeps(settings):
+        chunk = max(1, settings.batch_size // (settings.k * len(scales)))
+        for start in range(0, len(prompt_ids), chunk):
+            ids = prompt_ids[start : start + chunk]
+            unit = [Job(p, k, w, mode) for p in ids for w in scales for k in range(settings.k)]
+            units.append([job for job in unit if job not in done])
+    return [unit for unit in units if unit]
+
+
+def _sweeps(settings: EvalSettings) -> Iterator[tuple[str, tuple[float, ...]]]:
+    if RLG in settings.modes:
+        yield RLG, settings.scales
+    if TWICE in settings.modes:
+        yield TWICE, (1.0,)
+    if LORA_SCALE in settings.modes:
+        yield from ((LORA_SCALE, (w,)) for w in settings.scales if w not in (0.0, 1.0))
+
+
+class Evaluator:
+    """Makes and scores images of one policy."""
+
+    def __init__(self, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], settings: EvalSettings):
+        self.policy, self.reward, self.prompts, self.settings = policy, reward, prompts, settings
+        self.negative = policy.encode([""])
+
+    def run(self, unit: Sequence[Job]) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Rows of a unit (see DESIGN: scores.jsonl) with their images (3, H, W)."""
+        images = self.generate(unit)
+        prompts = [self.prompts[job.prompt_id] for job in unit]
+        scores = self.reward(images.pixels_B3HW, [p.text for p in prompts], [p.metadata for p in prompts])
+        spread_B = diversity(images.pixels_B3HW, [(job.prompt_id, job.w) for job in unit])
+        for i, (job, prompt) in enumerate(zip(unit, prompts, strict=True)):
+            row = asdict(job) | {
+                "prompt": prompt.text,
+                "tag": prompt.metadata.get("tag"),
+                "seed": self.settings.seed,
+                "sampler": self.settings.sampler,
+                "rewards": {name: float(part[i]) for name, part in scores.parts.items()},
+                "kl": None if images.kl_B is None else float(images.kl_B[i]),
+                "diversity": spread_B[i],
+                "nfe": int(images.nfe_B[i]),
+                "seconds": float(images.seconds_B[i]),
+            }
+            yield row, images.pixels_B3HW[i]
+
+    @torch.no_grad()
+    def generate(self, unit: Sequence[Job]) -> Images:
+        """Sample a batch of jobs of one mode. A batch's seconds are shared out by network evaluations."""
+        mode, settings = unit[0].mode, self.settings
+        steps = settings.steps * (2 if mode == TWICE else 1)
+        schedule = self.policy.schedule(steps, settings.sampler, settings.level)
+        weights_B = torch.ones(len(unit)) if mode != RLG else torch.tensor([job.w for job in unit])
+        with self._lora_scaled(unit[0].w if mode == LORA_SCALE else 1.0):
+            started = time.perf_counter()
+            latents, kl_B, passes_B, wasted = self._sample(unit, schedule, weights_B)
+            pixels = self.policy.decode(latents)
+            seconds = time.perf_counter() - started - wasted
+        nfe_B = passes_B * (2 if settings.cfg != 1.0 else 1)
+        return Images(pixels.cpu(), kl_B, nfe_B, seconds * nfe_B / nfe_B.sum())
+
+    def _sample(
+        self, unit: Sequence[Job], schedule: process.Schedule, weights_B: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, float]:
+        """(latents, path KL, network passes, seconds spent on nothing but the KL)."""
+        settings, policy = self.settings, self.policy
+        base = guidance.with_cfg(policy.reference, self.negative, settings.cfg)
+        tuned = guidance.with_cfg(policy.predict, self.negative, settings.cfg)
+        cond = self._conditioning(unit)
+        ids = [SampleId(settings.seed, job.prompt_id, job.k) for job in unit]
+        noise = SampleNoise(ids, policy.latent_shape(settings.resolution), policy.device)
+        guided = guidance.rlg(base, tuned, weights_B)
+        x, kl_B, passes_B = noise.initial(), torch.zeros(len(unit)), torch.zeros(len(unit), dtype=torch.long)
+        wasted = 0.0
+        for i in range(len(schedule)):
+            t_B = sampling.times(schedule, i, len(unit))
+            out, base_out, known_B = guided.with_base(x, t_B, cond)
+            passes_B += guided.passes(float(t_B[0]), len(unit))
+            stochastic = bool(schedule.std[i] > 0)
+            if stochastic:
+                started = time.perf_counter()
+                if not bool(known_B.all()):  # w = 1 skips the base, which the KL needs: an extra pass, off the clock
+                    base_out = base_out + guidance.on_rows(base, ~known_B, x, t_B, cond)
+                kl_B += sampling.path_kl_step(schedule, i, out, base_out).cpu()
+                wasted += time.perf_counter() - started
+            x = process.step(schedule, i, x, out, noise.step() if stochastic else None)
+        return x, kl_B if schedule.stochastic_steps() else None, passes_B, wasted
+
+    def _conditioning(self, unit: Sequence[Job]) -> Any:
+        texts = [self.prompts[job.prompt_id].text for job in unit]
+        unique = list(dict.fromkeys(texts))
+        encoded = self.policy.encode(unique)
+        return encoded[torch.tensor([unique.index(text) for text in texts], device=self.policy.device)]
+
+    def _lora_scaled(self, factor: float) -> Any:
+        return adapters.scaled(self.policy.network, factor)
+
+
+def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[float | None]:
+    """Mean RMS distance, at 16x16 pixels, of each image to the others of its group; None for a group of one."""
+    small = torch.nn.functional.interpolate(pixels_B3HW, size=(_DIVERSITY_SIDE,) * 2, mode="area").flatten(1)
+    members: dict[tuple[int, float], list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    result: list[float | None] = [None] * len(groups)
+    for rows in members.values():
+        if len(rows) > 1:
+            distance = torch.cdist(small[rows], small[rows]) / math.sqrt(small.shape[1])
+            for row, value in zip(rows, distance.sum(dim=1) / (len(rows) - 1), strict=True):
+                result[row] = float(value)
+    return result
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """All whole rows in a folder's row files; a line cut short by a crash is dropped."""
+    rows = []
+    for file in sorted(folder.glob("scores*.jsonl")):
+        for line in file.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def merge_rows(folder: Path) -> int:
+    """Join the processes' files into scores.jsonl, one row a job, in a fixed order. Returns the number of rows."""
+    unique = {_job(row): row for row in read_rows(folder)}
+    ordered = sorted(unique.items(), key=lambda item: (item[0].mode, item[0].w, item[0].prompt_id, item[0].k))
+    temporary = folder / (ROWS + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for _, row in ordered))
+    temporary.replace(folder / ROWS)
+    for file in folder.glob("scores-*.jsonl"):
+        file.unlink()
+    return len(ordered)
+
+
+def _job(row: dict[str, Any]) -> Job:
+    return Job(row["prompt_id"], row["k"], row["w"], row["mode"])
+
+
+def evaluate(
+    evaluator: Evaluator,
+    folder: Path,
+    prompt_ids: Sequence[int],
+    keep_images: Callable[[Job], bool],
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Make this process's share of the rows that are not there yet, with a progress bar."""
+    done = {_job(row) for row in read_rows(folder)}
+    units = plan(evaluator.settings, prompt_ids, done)[rank::world]
+    bar = tqdm(total=sum(map(len, units)), desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
+    with (folder / f"scores-{rank}.jsonl").open("a") as file:
+        for unit in units:
+            rows = list(evaluator.run(unit))
+            _save_images([(row, image) for row, image in rows if keep_images(_job(row))], folder / IMAGES)
+            file.write("".join(json.dumps(row) + "\n" for row, _ in rows))
+            file.flush()
+            bar.update(len(unit))
+    bar.close()
+
+
+def _save_images(rows: Iterable[tuple[dict[str, Any], Tensor]], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for row, image_3HW in rows:
+        pixels = (image_3HW.permute(1, 2, 0) * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{row['prompt_id']}-{row['k']}-{row['w']:g}.png")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m rlg.evaluate", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--config", type=Path, help="YAML file with any of these options; the command line wins")
+    add("--ckpt", help="checkpoint-N of a run, a PEFT folder or a diffusers LoRA file")
+    add("--base", help="base model (default: the one that the adapter was trained on)")
+    add("--scales", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3], help="values of w")
+    add("--modes", nargs="+", default=list(MODES), help=f"default: {' '.join(MODES)}")
+    add("--prompts", help="prompt set (default: the held-out set of the run)")
+    add("--num_prompts", type=int, help="how many of them, spread evenly (default: all)")
+    add("--k", type=int, default=4, help="images a prompt")
+    add("--rewards", nargs="+", help="rewards to report (default: those of the run)")
+    add("--held_out", nargs="*", default=None, help="more rewards, not trained on (default: those of the run)")
+    add("--steps", type=int, help="denoising steps (default: those of the run)")
+    add("--sampler", choices=KERNELS, help="default: the run's own")
+    add("--level", type=float, help="noise level of a stochastic sampler (default: the run's own)")
+    add("--cfg", type=float, help="classifier-free guidance scale, inside each model (default: the run's own)")
+    add("--resolution", type=int, help="side of the images in pixels (default: the run's own)")
+    add("--seed", type=int, default=0)
+    add("--batch_size", type=int, default=128, help="images a batch")
+    add("--dtype", choices=sorted(DTYPES), help="default: the run's own")
+    add("--output", type=Path, help="default: eval/ID in the run's folder")
+    add("--images", type=int, default=8, help="prompts whose images are kept for the report; -1 keeps all")
+    add("--overwrite", action="store_true", help="discard what an earlier evaluation left in the output folder")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    with fail_cleanly():
+        run(parse(argv))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments, from the command line over a YAML file over the run's own settings. Raises ValueError."""
+    from rlg.config import read_yaml, run_settings
+
+    parser = build_parser()
+    first = parser.parse_args(argv)
+    if first.config:
+        known = set(vars(first)) - {"config"}
+        row = read_yaml(first.config)
+        unknown = sorted(set(row) - known)
+        if unknown:
+            raise ValueError(f"{first.config}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        parser.set_defaults(**row)
+    args = parser.parse_args(argv)
+    if not args.ckpt:
+        raise ValueError("--ckpt is needed: a checkpoint-N folder, a PEFT folder or a diffusers LoRA file")
+    for name, value in run_settings(Path(args.ckpt)).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    return args
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Evaluate and report; returns the output folder."""
+    from accelerate import PartialState
+
+    import rewards
+    from rlg.report import write_report
+
+    adapter = adapters.read(args.ckpt)
+    base = args.base or adapter.base
+    if not base:
+        raise ValueError(f"{args.ckpt} does not say what it was trained on; give --base")
+    settings = EvalSettings(
+        scales=tuple(sorted(set(args.scales))),
+        modes=tuple(args.modes),
+        steps=args.steps or 20,
+        sampler=args.sampler or "ode",
+        level=0.7 if args.level is None else args.level,
+        cfg=4.5 if args.cfg is None else args.cfg,
+        resolution=args.resolution,
+        k=args.k,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    prompts = prompt_sets.load(args.prompts or "tinyworld:composition/test")
+    ids = prompt_sets.spread(prompts, args.num_prompts)
+    trained = list(args.rewards or ["jpeg_compressibility"])
+    names = list(dict.fromkeys([*trained, *(args.held_out or [])]))
+    state = PartialState()
+    reward = rewards.build(names, device=str(state.device))
+    policy = Policy.load(base, args.dtype or "float32", state.device)
+    policy.load_adapter(args.ckpt)
+    folder = args.output or default_folder(Path(args.ckpt), settings, args)
+    meta = {
+        "name": Path(args.ckpt).resolve().parent.name,
+        "base": base,
+        "adapter": str(args.ckpt),
+        "trained_rewards": trained,
+        "prompts": args.prompts,
+        "num_prompts": len(ids),
+        "dtype": args.dtype or "float32",
+        **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size")},
+    }
+    if state.is_main_process:
+        prepare_folder(folder, meta, args.overwrite)
+    state.wait_for_everyone()
+    shown = set(prompt_sets.spread(prompts, args.images)) if args.images >= 0 else set(ids)
+    shown = shown & set(ids) or set(ids[: max(args.images, 0)])
+    evaluator = Evaluator(policy, reward, prompts, settings)
+    keep = lambda job: job.mode == RLG and job.prompt_id in shown and (job.k == 0 or args.images < 0)  # noqa: E731
+    evaluate(evaluator, folder, ids, keep, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        merge_rows(folder)
+        print(write_report(folder))
+    return folder
+
+
+def default_folder(ckpt: Path, settings: EvalSettings, args: argparse.Namespace) -> Path:
+    """runs/NAME/eval/checkpoint-N-sampler-steps-cfg-seed."""
+    ident = f"{ckpt.name}-{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
+    return ckpt.resolve().parent / "eval" / ident
+
+
+def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
+    """Create the folder and meta.json. Raises ValueError if it holds an evaluation under other settings."""
+    file = folder / META
+    if overwrite and file.is_file():
+        for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
+            old.unlink()
+    if file.is_file():
+        before = json.loads(file.read_text())
+        changed = [k for k in meta if before.get(k) != meta[k]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds an evaluation with another {changed[0]} ({before.get(changed[0])!r}, not "
+                f"{meta[changed[0]]!r}); give --output another folder, or --overwrite"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    file.write_text(json.dumps(meta | {"created": created, "command": shlex.join(sys.argv)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

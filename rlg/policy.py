@@ -1,0 +1,149 @@
+"""A policy: a diffusers pipeline, its noise process, and a LoRA that can be switched off.
+
+The network with the adapter on is the tuned model, and with the adapter off it is the reference model: one set of
+weights, never a copy. `predict` and `reference` have one signature, (x_BCHW, t_B, conditioning) -> out_BCHW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from rlg import adapters
+from rlg.backbones import Conditioning, backbone_of
+from rlg.process import Process, Schedule, config_of, make_schedule, process_from_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ENCODE_BATCH = 64
+
+
+class Policy:
+    """A pipeline as reinforcement learning sees it."""
+
+    def __init__(self, pipe: DiffusionPipeline, base: str):
+        self.pipe = pipe
+        self.base = base  # where the pipeline came from: a hub id or a path
+        self.backbone = backbone_of(pipe)
+        self.backbone.prepare(pipe)
+        self.network: nn.Module = self.backbone.denoiser(pipe)
+        self.wrapped: nn.Module = self.network  # the accelerate-wrapped network while training
+        self.scheduler_config: Mapping[str, Any] = config_of(pipe.scheduler)
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, base: str, dtype: str = "float32", device: torch.device | str = "cpu") -> Policy:
+        """Load a pipeline folder, a hub id or the name of a tinyworld model ("tiny-sd3").
+
+        Raises ValueError for an unknown family or dtype, a missing or incomplete folder, and pickled weights.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        pipe = load_pipeline(base, DTYPES[dtype])
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe.to(device), base)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def schedule(self, steps: int, kernel: str, level: float, window: tuple[int, int] | None = None) -> Schedule:
+        """The reverse process of this model on its device; see `process.make_schedule`."""
+        return make_schedule(self.scheduler_config, steps, kernel, level, window).to(self.device)
+
+    def process(self) -> Process:
+        """The forward process of this model."""
+        return process_from_config(self.scheduler_config)
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a square image; None is the model's own size."""
+        side = resolution or self.network.config.sample_size * self.pipe.vae_scale_factor
+        return self.backbone.latent_shape(self.pipe, side, side)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, in bounded batches."""
+        chunks = [prompts[i : i + _ENCODE_BATCH] for i in range(0, len(prompts), _ENCODE_BATCH)]
+        return Conditioning.cat([self.backbone.encode(self.pipe, chunk) for chunk in chunks])
+
+    def predict(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The tuned model's output: adapter on. Goes through the accelerate-wrapped network."""
+        return self.backbone.forward(self.wrapped, x_BCHW, t_B, cond)
+
+    def reference(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The base model's output: adapter off. Goes through the bare network."""
+        with self.adapter_off():
+            return self.backbone.forward(self.network, x_BCHW, t_B, cond)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Within, the network is the base model."""
+        with adapters.disabled(self.network):
+            yield
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor, batch: int = 64) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], fp32, decoded `batch` at a time."""
+        return torch.cat([self.backbone.decode(self.pipe, part) for part in latents_BCHW.split(batch)])
+
+    def add_lora(self, rank: int, alpha: int, targets: Sequence[str] | None = None) -> list[nn.Parameter]:
+        """Attach a new LoRA (fp32, Gaussian A, zero B) and return its parameters.
+
+        Raises ValueError if no module is named by `targets`.
+        """
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(targets or self.backbone.lora_targets),
+        )
+        self.network.add_adapter(config)
+        return self.trainable()
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter's parameters, kept in fp32 over a base of any dtype."""
+        parameters = [p for name, p in self.network.named_parameters() if "lora_" in name]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return parameters
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder and as a diffusers LoRA file; see `adapters.save`."""
+        adapters.save(self.pipe, self.backbone.denoiser_name, folder, self.base)
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Attach a trained adapter: one of our checkpoints, a PEFT folder or a diffusers LoRA file.
+
+        Raises ValueError if it is missing, damaged, pickled or made for another base.
+        """
+        adapters.load(self.pipe, self.backbone.denoiser_name, path)
+        self.trainable()
+
+    def lora_layers(self) -> list[BaseTunerLayer]:
+        """The layers that carry the adapter."""
+        return [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def load_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A diffusers pipeline from a folder, a hub id or a tinyworld name; safetensors only. Raises ValueError."""
+    from rlg import tinyworld
+
+    location = str(tinyworld.path(base)) if base in tinyworld.NAMES else base
+    try:
+        pipe = DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"cannot load the base model {base!r}: {first}") from error
+    backbone_of(pipe)
+    return pipe

@@ -1,0 +1,77 @@
+"""Prompts and their metadata: text files, GenEval jsonl, and the tinyworld's own sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_TINYWORLD = "tinyworld:"
+_SIGNS = 256  # how many signs the tinyworld's text sets hold
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what a reward needs to know of it."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)  # GenEval format; empty for plain text prompts
+
+
+def load(source: str) -> list[Prompt]:
+    """Prompts of a source, in a fixed order.
+
+    source: `tinyworld:composition/train` (or text, all; or test), a .txt file with a prompt a line, or a .jsonl file
+    with a `prompt` and GenEval metadata in each row. Raises ValueError if it is missing, empty or malformed.
+    """
+    if source.startswith(_TINYWORLD):
+        return _tinyworld(source.removeprefix(_TINYWORLD))
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"no such prompt file: {source} (or use {_TINYWORLD}composition/test)")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    parse = _parse_json if path.suffix in (".jsonl", ".json") else _parse_text
+    prompts = [parse(line, f"{source}:{number}") for number, line in numbered]
+    if not prompts:
+        raise ValueError(f"{source} holds no prompts")
+    return prompts
+
+
+def _parse_text(line: str, place: str) -> Prompt:
+    return Prompt(line)
+
+
+def _parse_json(line: str, place: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f"{place}: a row needs a text under `prompt`")
+    return Prompt(row.pop("prompt"), row)
+
+
+def _tinyworld(name: str) -> list[Prompt]:
+    from rlg.tinyworld import scenes
+
+    kind, _, split = name.partition("/")
+    if kind not in ("composition", "text", "all") or split not in ("train", "test"):
+        raise ValueError(f"unknown prompt set {_TINYWORLD}{name}; known: composition, text or all, /train or /test")
+    shapes = list(scenes.composition_prompts(split))
+    signs = scenes.sign_prompts(split, _SIGNS, torch.Generator().manual_seed(0))
+    return {"composition": shapes, "text": signs, "all": shapes + signs}[kind]
+
+
+def spread(prompts: Sequence[Prompt], count: int | None) -> list[int]:
+    """Indices of `count` prompts spread evenly over a set (all of them for None), so that every tag keeps its share."""
+    if count is None or count >= len(prompts):
+        return list(range(len(prompts)))
+    return [i * len(prompts) // count for i in range(count)]

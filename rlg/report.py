@@ -1,0 +1,325 @@
+"""Report of an evaluation: scores.jsonl + meta.json -> summary.json, curves.png, curves.svg, report.html.
+
+    python -m rlg.report runs/NAME/eval/ID                     # files beside the scores
+    python -m rlg.report runs/A/eval/ID runs/B/eval/ID         # one joint page, curves overlaid
+
+The page is one file that makes no network request. Its only script toggles a class on whatever carries the w under the
+slider: images, readouts, table rows, cursors in the curves. The numbers come from `rlg.stats.summarise`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from rlg.cli import fail_cleanly
+from rlg.stats import Row, read_rows, summarise
+
+MODE_NAMES = {"rlg": "guided (RLG)", "lora_scale": "LoRA × w", "tuned_2x_steps": "tuned, 2× steps"}
+MARKS = {
+    "rlg": {"linestyle": "-", "marker": "o", "zorder": 3.2},
+    "lora_scale": {"linestyle": (0, (4, 2)), "marker": "s", "markerfacecolor": "white", "zorder": 3.0},
+    "tuned_2x_steps": {"linestyle": "none", "marker": "D", "zorder": 3.1},
+}
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito, safe for colour-blind eyes
+INK, MUTED, GRID = "#1d232b", "#6b7583", "#e3e7ec"
+STYLE = {
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("font.size", "axes.titlesize"), 10),
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 16,
+    "grid.color": GRID,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlg",
+    "text.parse_math": False,  # a reward may be called a$b$
+}
+MAX_TILES, MAX_SIDE = 24, 384  # images of the page, and pixels of an embedded image's longer side
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation folder, read and summarised."""
+
+    name: str
+    folder: Path
+    rows: list[Row]
+    summary: dict[str, Any]  # the content of summary.json
+
+    def points(self, mode: str) -> list[dict[str, Any]]:
+        """The points of a mode, by w."""
+        return [point for point in self.summary["points"] if point["mode"] == mode]
+
+    def curve(self, mode: str) -> list[dict[str, Any]]:
+        """The points of a mode's line; a LoRA scaled by 0 or 1 is the base or the tuned model, so it shares theirs."""
+        points = self.points(mode)
+        if mode == "lora_scale" and points:
+            known = {point["w"] for point in points}
+            points += [point for point in self.points("rlg") if point["w"] in {0, 1} - known]
+        return sorted(points, key=lambda point: point["w"])
+
+    def best(self, reward: str) -> dict[str, Any]:
+        """The guided point of the highest mean."""
+        return max(self.points("rlg"), key=lambda point: point["rewards"][reward]["mean"])
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: `reward`, or the diversity if None, against `x` ("w" or "kl")."""
+
+    title: str
+    x: str
+    reward: str | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A prompt and a noise, seen at each w."""
+
+    prompt: str
+    tag: str | None
+    k: int
+    small: bool  # too few pixels to be smoothed when it is blown up
+    frames: dict[float, str]  # w -> data URI
+    scores: dict[float, dict[str, float]]  # w -> rewards; empty where several seeds share the image's name
+
+
+def read_run(folder: Path) -> Run:
+    """Read and summarise an evaluation. Raises ValueError naming the file that is missing or wrong."""
+    scores, meta_path = folder / "scores.jsonl", folder / "meta.json"
+    for path in (scores, meta_path):
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; `python -m rlg.evaluate` writes it")
+    try:
+        meta = json.loads(meta_path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{meta_path}: not JSON: {error}") from error
+    missing = {"base", "adapter", "trained_rewards"} - set(meta if isinstance(meta, dict) else ())
+    if missing:
+        raise ValueError(f"{meta_path}: missing {', '.join(sorted(missing))}")
+    if not isinstance(meta["trained_rewards"], list):
+        raise ValueError(f"{meta_path}: trained_rewards must be a list, got {meta['trained_rewards']!r}")
+    rows = read_rows(scores)
+    return Run(str(meta.get("name", folder.name)), folder, rows, summarise(rows, meta))
+
+
+def reward_names(runs: Sequence[Run]) -> list[tuple[str, bool]]:
+    """(name, whether a run was trained on it) for every reward of the runs, the trained ones first."""
+    trained = {name for run in runs for name in run.summary["meta"]["trained_rewards"]}
+    names = dict.fromkeys(name for run in runs for point in run.summary["points"] for name in point["rewards"])
+    return sorted(((name, name in trained) for name in names), key=lambda entry: not entry[1])
+
+
+def draw_curves(runs: Sequence[Run]) -> Figure:
+    """All panels. One run: a colour for each mode. Several: a colour for each run, its modes told apart by marks."""
+    panels = _panels(runs)
+    columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(4.1 * columns, 6), 3.1 * lines + 0.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    handles: dict[str, Any] = {}
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        _dress(axes, panel)
+        for r, run in enumerate(runs):
+            for m, mode in enumerate(MODE_NAMES):
+                colour = PALETTE[(r if len(runs) > 1 else m) % len(PALETTE)]
+                label = MODE_NAMES[mode] if len(runs) == 1 else f"{run.name}: {MODE_NAMES[mode]}"
+                line = _draw(axes, panel, run.curve(mode), MARKS[mode], colour)
+                handles |= {label: line} if line else {}
+        if len(runs) == 1:
+            _draw_cursors(axes, panel, runs[0].points("rlg"), i)
+    columns = len(MODE_NAMES) if len(runs) == 1 else min(len(runs), 4)  # a legend fills its columns first
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns, frameon=False)
+    return figure
+
+
+def _panels(runs: Sequence[Run]) -> list[Panel]:
+    points = [point for run in runs for point in run.summary["points"]]
+    names = reward_names(runs)
+    panels = [Panel(f"{name}  ({'trained' if trained else 'held out'})", "w", name) for name, trained in names]
+    if any(point["kl"] is not None for point in points):
+        panels += [Panel(f"{name}  against KL", "kl", name) for name, trained in names if trained]
+    if any(point["diversity"] is not None for point in points):
+        panels.append(Panel("diversity", "w", None))
+    return panels
+
+
+def _dress(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title)
+    axes.tick_params(length=0)
+    axes.margins(x=0.06, y=0.12)
+    axes.set_xlabel("guidance weight w" if panel.x == "w" else "path KL to the base (nats)")
+    if panel.x == "w":
+        for w, name in ((0, "base"), (1, "tuned")):
+            axes.axvline(w, color=MUTED, linewidth=0.7, zorder=1)
+            above = axes.get_xaxis_transform()
+            axes.text(w, 1.02, name, transform=above, ha="center", va="bottom", fontsize=8.5, color=MUTED)
+
+
+def _measured(points: Iterable[Mapping[str, Any]], panel: Panel) -> NDArray[np.float64]:
+    """(P, 6): x, its low and high, y, its low and high, for the points that have both."""
+    table = []
+    for point in points:
+        held = (point, "diversity") if panel.reward is None else (point["rewards"].get(panel.reward), "mean")
+        x, y = _interval(point, panel.x), _interval(*held)
+        if x and y:
+            table.append(x + y)
+    return np.array(table, dtype=np.float64).reshape(-1, 6)
+
+
+def _interval(fields: Mapping[str, Any] | None, key: str) -> tuple[float, ...]:
+    """(value, low, high), empty if unknown; a value without an interval is exact."""
+    if fields is None or fields[key] is None:
+        return ()
+    ci = "ci95" if key == "mean" else f"{key}_ci95"
+    return fields[key], *fields.get(ci, [fields[key]] * 2)
+
+
+def _draw(axes: Axes, panel: Panel, points: list[dict[str, Any]], marks: Mapping[str, Any], colour: str) -> Any:
+    """Draw one mode of one run; returns its line for the legend, or None if it has no points here."""
+    x, x_low, x_high, y, y_low, y_high = _measured(points, panel).T
+    if not len(x):
+        return None
+    if panel.x == "w" and len(x) > 1:
+        axes.fill_between(x, y_low, y_high, color=colour, alpha=0.16, linewidth=0)
+    else:
+        axes.hlines(y, x_low, x_high, color=colour, alpha=0.55, linewidth=1.2)
+        axes.vlines(x, y_low, y_high, color=colour, alpha=0.55, linewidth=1.2)
+    return axes.plot(x, y, color=colour, linewidth=1.8, markersize=4.8, **marks)[0]
+
+
+def _draw_cursors(axes: Axes, panel: Panel, sweep: Sequence[dict[str, Any]], index: int) -> None:
+    """Transparent marks that the page's slider makes visible: element `cursor-INDEX-W` of the SVG."""
+    for point in sweep:
+        for x, _, _, y, _, _ in _measured([point], panel):
+            look = {"gid": f"cursor-{index}-{point['w']:g}", "color": INK, "alpha": 0, "zorder": 4}
+            axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", **look)
+
+
+def inline_svg(svg: str) -> str:
+    """The <svg> element, its colours as CSS variables (it follows the page into the dark), its cursors left to CSS."""
+    svg = re.sub(r'; stroke-opacity: 0(?=[;"])', "", svg[svg.index("<svg") :])
+    names = {INK: "ink", MUTED: "muted", GRID: "line", "#ffffff": "panel"}
+    names |= {colour: f"c{i}" for i, colour in enumerate(PALETTE)}
+    for colour, name in names.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def read_tiles(run: Run) -> list[Tile]:
+    """Up to MAX_TILES (prompt, k) with images, different prompts first; empty without an images folder."""
+    images: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in run.rows:
+        if row.mode == "rlg" and _image(run.folder, row).is_file():
+            images[row.k, row.prompt_id].append(row)
+    chosen = sorted(sorted(images)[:MAX_TILES], key=lambda key: key[::-1])
+    one_seed = len({row.seed for row in run.rows}) == 1
+    return [_tile(run.folder, images[key], one_seed) for key in chosen]
+
+
+def _tile(folder: Path, rows: Sequence[Row], one_seed: bool) -> Tile:
+    rows = sorted(rows, key=lambda row: row.w)
+    with Image.open(_image(folder, rows[0])) as image:
+        small = max(image.size) <= 160
+    frames = {row.w: _data_uri(_image(folder, row)) for row in rows}
+    scores = {row.w: row.rewards for row in rows} if one_seed else {}
+    return Tile(rows[0].prompt, rows[0].tag, rows[0].k, small, frames, scores)
+
+
+def _image(folder: Path, row: Row) -> Path:
+    return folder / "images" / f"{row.prompt_id}-{row.k}-{row.w:g}.png"
+
+
+def _data_uri(path: Path) -> str:
+    """The PNG as it is, or a WebP of at most MAX_SIDE pixels if it is larger."""
+    with Image.open(path) as image:
+        if max(image.size) <= MAX_SIDE:
+            return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=86)
+        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write the four files of one evaluation beside its scores, or into `output`; returns the page.
+
+    Raises ValueError for a folder that `rlg.evaluate` did not write.
+    """
+    run = read_run(folder)
+    return _write(output or folder, [run], read_tiles(run), run.summary)
+
+
+def write_joint_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write one page on several evaluations into `output` (default: `report` beside the first); returns the page."""
+    runs = [read_run(folder) for folder in folders]
+    count = Counter(run.name for run in runs)
+    runs = [replace(run, name=f"{run.name} ({run.folder})") if count[run.name] > 1 else run for run in runs]
+    return _write(output or folders[0].parent / "report", runs, [], {"runs": {run.name: run.summary for run in runs}})
+
+
+def _write(output: Path, runs: Sequence[Run], tiles: Sequence[Tile], summary: Mapping[str, Any]) -> Path:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    with matplotlib.rc_context(STYLE):
+        figure = draw_curves(runs)
+        figure.savefig(output / "curves.png", dpi=150)
+        figure.savefig(
+            output / "curves.svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True
+        )
+    page = output / "report.html"
+    html = _render(runs, tiles, (output / "curves.svg").read_text(encoding="utf-8"))
+    page.write_text(html, encoding="utf-8", errors="replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
+    return page
+
+
+def _render(runs: Sequence[Run], tiles: Sequence[Tile], svg: str) -> str:
+    stops = sorted({w for tile in tiles for w in tile.frames}) or [point["w"] for point in runs[0].points("rlg")]
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
+    return environment.get_template("report.html.template").render(
+        runs=runs,
+        tiles=tiles,
+        stops=stops if len(runs) == 1 else [],
+        rewards=reward_names(runs),
+        mode_names=MODE_NAMES,
+        curves=inline_svg(svg),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; prints the page's path."""
+    parser = argparse.ArgumentParser(prog="python -m rlg.report", description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="EVAL_DIR", help="holds scores.jsonl and meta.json")
+    parser.add_argument("--output", type=Path, help="where to write (default: EVAL_DIR, or `report` beside the first)")
+    options = parser.parse_args(arguments)
+    with fail_cleanly():
+        if len(options.folders) == 1:
+            print(write_report(options.folders[0], options.output))
+        else:
+            print(write_joint_report(options.folders, options.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Optimizer and generator state as safetensors, so that a checkpoint never needs a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Write an optimizer's state: tensors by "index.name", everything else as JSON in the header."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                plain[f"{index}.{name}"] = value
+    header = {"plain": json.dumps(plain), "groups": json.dumps(state["param_groups"])}
+    save_file(tensors, path, metadata=header)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Restore what `save_optimizer` wrote. Raises ValueError where the parameters don't match."""
+    state: dict[int, dict] = {}
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        for key in file.keys():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    for key, value in json.loads(header["plain"]).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": json.loads(header["groups"])})

@@ -1,0 +1,37 @@
+"""The embedded default: a small captioned world and base models trained on it, shipped with the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+NAMES = ("tiny-sd", "tiny-sd3", "tiny-sdxl")
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def path(name: str) -> Path:
+    """Folder of a tinyworld pipeline, for `from_pretrained`. Raises ValueError for an unknown name.
+
+    tiny-sdxl is randomly initialised (it exists to run the SDXL conventions), so it is made on first use, from a fixed
+    seed, in the user's cache instead of being shipped.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown tinyworld model {name!r}; known: {', '.join(NAMES)}")
+    return _random_sdxl() if name == "tiny-sdxl" else _WEIGHTS / name
+
+
+def _random_sdxl() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlg" / "tiny-sdxl-1"
+    if not (cache / "model_index.json").is_file():
+        import torch
+
+        from rlg.tinyworld.models import build, save
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            pipe = build("sdxl")
+        temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+        save(pipe, temporary)
+        if not cache.exists():
+            temporary.rename(cache)
+    return cache

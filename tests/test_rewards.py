@@ -1,0 +1,222 @@
+"""The contract that every reward keeps, the JPEG sizes, the mix and its refusals."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rewards import REWARDS, RewardError, RewardMix, available_names, build, lookup
+from rlg.prompts import Prompt
+from rlg.tinyworld.scenes import composition_prompts, draw, sign_prompts
+
+ROOT = Path(__file__).parents[1]
+IN_RANGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "[0, 1]": lambda s: (s >= 0) & (s <= 1),
+    "0 or 1": lambda s: (s == 0) | (s == 1),
+    "< 0": lambda s: s < 0,
+    "> 0": lambda s: s > 0,
+}
+NOT_YET = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clipscore", "ocr", "geneval")
+NOT_YET += ("unifiedreward", "qwenvl", "remote")
+
+
+def _batch() -> tuple[Tensor, list[str], list[dict]]:
+    """Scenes of every kind; half of them paired with the caption of another."""
+    generator = torch.Generator().manual_seed(0)
+    prompts: list[Prompt] = [*composition_prompts("test")[::8], *sign_prompts("test", 3, generator)]
+    images = draw(prompts, generator)
+    images[::2] = images[::2].roll(1, dims=0)
+    return images, [p.text for p in prompts], [p.metadata for p in prompts]
+
+
+def _blank(batch: int) -> tuple[Tensor, list[str], list[dict]]:
+    return torch.ones(batch, 3, 8, 8), [f"prompt {i}" for i in range(batch)], [{} for _ in range(batch)]
+
+
+def _fixed(values: Sequence[float]) -> Callable:
+    """A reward that looks its score up by the number at the end of the prompt."""
+
+    def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
+        return torch.tensor([values[int(prompt.split()[-1])] for prompt in prompts])
+
+    return reward
+
+
+@pytest.mark.parametrize("name", available_names())
+def test_contract(name: str) -> None:
+    images, prompts, metadata = _batch()
+    before = images.clone()
+    reward = next(iter(build([name]).rewards.values()))
+    scores = reward(images, prompts, metadata)
+    assert scores.shape == (len(prompts),)
+    assert scores.dtype == torch.float32 and scores.device.type == "cpu" and not scores.requires_grad
+    assert scores.isfinite().all()
+    assert torch.equal(images, before), "a reward must not write into the images"
+    assert scores.unique().numel() > 1, "the batch does not exercise this reward"
+    if not REWARDS[name].range.startswith("about"):
+        assert IN_RANGE[REWARDS[name].range](scores).all()
+    alone = [reward(images[i : i + 1], prompts[i : i + 1], metadata[i : i + 1]) for i in range(len(prompts))]
+    assert torch.equal(torch.cat(alone), scores)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = reward(images[order], [prompts[i] for i in order], [metadata[i] for i in order])
+    assert torch.equal(shuffled, scores[order])
+    assert reward(images[:0], [], []).shape == (0,)
+    assert torch.equal(reward(images.requires_grad_(), prompts, metadata), scores)
+
+
+def test_jpeg_sizes_are_those_of_pillow() -> None:
+    images, prompts, metadata = _batch()
+    scores = build(["jpeg_compressibility", "jpeg_incompressibility"], [1.0, 0.0])(images, prompts, metadata)
+    for image, size in zip(images, scores.parts["jpeg_incompressibility"].tolist(), strict=True):
+        buffer = io.BytesIO()
+        pixels = np.rint(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        assert size == pytest.approx(len(buffer.getvalue()) / 1000, abs=1e-6)
+    assert torch.equal(scores.parts["jpeg_compressibility"], -scores.parts["jpeg_incompressibility"])
+
+
+def test_jpeg_prefers_the_blank_image() -> None:
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([torch.ones(1, 3, 64, 64), noise])
+    blank, noisy = build(["jpeg_compressibility"])(images, ["", ""], [{}, {}]).total_B.tolist()
+    assert -1 < blank < -0.5 and noisy < -4  # kB: a header alone, and nearly every coefficient
+
+
+def test_jpeg_rounds_to_the_nearest_level() -> None:
+    # Pixels a hair below a level must come out at the level: truncation would make noise of a flat image.
+    flat = torch.full((1, 3, 64, 64), 128 / 255)
+    nearly = flat - 0.3 / 255 * torch.rand(flat.shape, generator=torch.Generator().manual_seed(0))
+    mix = build(["jpeg_incompressibility"])
+    assert mix(flat, [""], [{}]).total_B == mix(nearly, [""], [{}]).total_B
+
+
+def test_mix_weights_the_parts_and_keeps_them_raw() -> None:
+    mix = RewardMix({"a": _fixed([1.0, 2.0]), "b": _fixed([10.0, -4.0])}, (0.5, -2.0))
+    scores = mix(*_blank(2))
+    assert scores.total_B.tolist() == [0.5 * 1 - 2 * 10, 0.5 * 2 + 2 * 4]
+    assert scores.parts["a"].tolist() == [1, 2] and scores.parts["b"].tolist() == [10, -4]
+    assert (mix.names, mix.weights) == (("a", "b"), (0.5, -2.0))
+    assert scores.total_B.dtype == torch.float32
+
+
+def test_mix_defaults_to_weight_one() -> None:
+    images, prompts, metadata = _batch()
+    scores = build(["composition", "jpeg_compressibility"])(images, prompts, metadata)
+    assert torch.equal(scores.total_B, scores.parts["composition"] + scores.parts["jpeg_compressibility"])
+
+
+def test_mix_of_an_empty_batch_is_empty() -> None:
+    scores = build(["composition", "jpeg_compressibility"])(torch.ones(0, 3, 8, 8), [], [])
+    assert scores.total_B.shape == scores.parts["composition"].shape == (0,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_not_finite_names_reward_prompt_and_image(value: float) -> None:
+    mix = RewardMix({"good": _fixed([0.0] * 4), "bad": _fixed([0.0, 0.0, value, 0.0])}, (1.0, 0.0))
+    with pytest.raises(RewardError, match=r"'bad' returned -?(nan|inf) for image 2 of 4 \(prompt 'prompt 2'\)$"):
+        mix(*_blank(4))
+
+
+def test_a_reward_that_raises_names_reward_prompt_and_image() -> None:
+    def bad(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
+        if "prompt 3" in prompts:
+            raise KeyError("two\nlines")
+        return torch.zeros(len(prompts))
+
+    with pytest.raises(RewardError) as caught:
+        RewardMix({"bad": bad}, (1.0,))(*_blank(5))
+    message = str(caught.value)
+    assert message.startswith("reward 'bad' failed on image 3 of 5 (prompt 'prompt 3'): KeyError: ")
+    assert "\n" not in message
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_reward_that_only_fails_on_whole_batches_still_gives_its_reason() -> None:
+    def bad(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict]) -> Tensor:
+        if len(prompts) > 1:
+            raise RuntimeError("out of memory")
+        return torch.zeros(1)
+
+    with pytest.raises(RewardError, match=r"'bad' failed on image 0 of 3 .*out of memory"):
+        RewardMix({"bad": bad}, (1.0,))(*_blank(3))
+
+
+@pytest.mark.parametrize("result", [torch.zeros(3, 1), torch.zeros(2), torch.tensor(0.0), [0.0, 0.0, 0.0]])
+def test_a_result_of_another_shape_is_refused(result: object) -> None:
+    with pytest.raises(RewardError, match=r"'bad' returned .* for 3 images"):
+        RewardMix({"bad": lambda images, prompts, metadata: result}, (1.0,))(*_blank(3))
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_rewards_to_come_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"reward '{name}' is not available yet in this version"):
+        build(["jpeg_compressibility", name])
+    assert lookup(name) is REWARDS[name]  # but a config may name them
+
+
+def test_unknown_names_are_refused_with_the_nearest_and_the_known() -> None:
+    with pytest.raises(ValueError, match=r"unknown reward 'jpeg_compresibility'; did you mean 'jpeg_compressibility'"):
+        build(["jpeg_compresibility"])
+    with pytest.raises(ValueError) as caught:
+        build(["zzz"])
+    assert all(name in str(caught.value) for name in REWARDS) and "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        (["composition", "composition"], None, "more than once: composition"),
+        (["composition"], [1.0, 2.0], r"1 rewards \(composition\) but 2 weights"),
+        (["composition"], [], "1 rewards .* but 0 weights"),
+        (["composition"], [float("nan")], "weight of reward 'composition' must be a finite number, got nan"),
+        (["composition"], [float("inf")], "got inf"),
+        (["composition"], ["1"], "got '1'"),
+        ([], None, "no reward is named"),
+        ("composition", None, "must be a list of names"),
+    ],
+)
+def test_unfit_mixes_are_refused(names: list[str], weights: list[float] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(names, weights)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.ones(2, 3, 8), r"\(B, 3, H, W\)"),
+        (torch.ones(2, 1, 8, 8), r"\(B, 3, H, W\)"),
+        (torch.ones(2, 3, 8, 8, dtype=torch.uint8), "float tensor"),
+        (torch.ones(3, 3, 8, 8), "3 images, but 2 prompts"),
+        (torch.stack([torch.zeros(3, 8, 8), -torch.ones(3, 8, 8)]), r"image 1 .*prompt 1.* from -1 to -1"),
+        (torch.stack([torch.zeros(3, 8, 8), 255 * torch.ones(3, 8, 8)]), "image 1 .*prompt 1.* from 255 to 255"),
+        (torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.nan)]), "image 1 .*prompt 1.* from nan"),
+    ],
+)
+def test_unfit_images_are_refused(images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(["jpeg_compressibility"])(images, ["prompt 0", "prompt 1"], [{}, {}])
+
+
+def test_reading_the_table_imports_no_model_code() -> None:
+    code = "import sys, rewards; print([m for m in ('PIL', 'scipy', 'transformers', 'diffusers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_list_prints_every_reward() -> None:
+    command = [sys.executable, "-m", "rewards", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()[2:]}
+    assert rows.keys() == REWARDS.keys()
+    assert all(("not yet" in row) == (name in NOT_YET) for name, row in rows.items())
+    starts = {line.index("yes" if "  yes " in line else "not yet") for line in rows.values()}
+    assert len(starts) == 1, "the columns are not aligned"
