@@ -24,12 +24,14 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt $(PIP_FLAGS)
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 venv: $(STAMP)
+	@echo '== $(VENV) is ready'
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python found; give PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(or $(PYTHON),false) -c '' 2>/dev/null || { \
+	    echo "error: no Python ($(PYTHON)) that runs; give PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "error: the versions in constraints.txt need Python 3.11, and this is $$($(PYTHON) -V);" \
 	    "give PYTHON=..." >&2; exit 1; }
@@ -55,7 +57,7 @@ demo: export HF_HUB_OFFLINE = 1
 demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP)
 	@echo '== demo 1/2: GRPO trains a LoRA on a tiny model -> runs/demo'
-	@$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml \
+	@$(BIN)/accelerate launch --quiet --config_file launch/accelerate/cpu.yaml \
 	    train_grpo.py --config configs/tiny/demo.yaml --overwrite $(DEMO_TRAIN)
 	@echo '== demo 2/2: guidance over a sweep of w, and the report'
 	@$(BIN)/python -m rlg.evaluate --config configs/eval/demo.yaml \
@@ -64,9 +66,9 @@ demo: $(STAMP)
 
 lint: $(STAMP)
 	@echo '== lint'
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --quiet --check . || { echo 'not formatted; make format' >&2; exit 1; }
-	@$(BIN)/codespell
+	@status=0; $(BIN)/ruff check --quiet . || status=1; \
+	    $(BIN)/ruff format --quiet --check . || { echo 'files are not formatted: make format' >&2; status=1; }; \
+	    $(BIN)/codespell || status=1; exit $$status
 
 format: $(STAMP)
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .

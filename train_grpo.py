@@ -15,7 +15,9 @@ def main() -> None:
         common.dry_run(config, derived)
         return
     reward = rewards.build(config.reward, config.reward_weights, device=str(accelerator.device))
-    held_out = rewards.build(config.held_out_reward, device=str(accelerator.device)) if config.held_out_reward else None
+    held_out = (
+        rewards.build(config.held_out_reward, device=str(accelerator.device)) if config.held_out_reward else None
+    )
     prompts, eval_prompts = common.load_prompts(config)
     common.prepare_folder(config, accelerator)
     GRPOTrainer(config, reward, prompts, eval_prompts, accelerator, held_out).train()

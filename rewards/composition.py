@@ -4,9 +4,9 @@
                 exclude?: [{class, count}]}
 
 strict, the verdict of GenEval's evaluate_images.py (djghosh13/geneval, 16f1681): every `include` clause finds `count`
-objects of its class; its `count` most confident ones have the colour, and stand in the relation to each of those of the
-clause that `position` names; no `exclude` clause finds `count` objects or more. Extra objects are an error only where
-`exclude` says so (tag counting).
+objects of its class; its `count` most confident ones have the colour, and stand in the relation to each of those of
+the clause that `position` names; no `exclude` clause finds `count` objects or more. Extra objects are an error only
+where `exclude` says so (tag counting).
 
 partial, the mean over requirements, in the spirit of Flow-GRPO's training score (yifan123/reward-server, 7131478):
 

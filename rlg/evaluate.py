@@ -39,9 +39,9 @@ from rlg.policy import DTYPES, Policy
 from rlg.process import KERNELS
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
+from rlg.stats import MODES, Row, read_rows
 
-RLG, TWICE, LORA_SCALE = "rlg", "tuned_2x_steps", "lora_scale"
-MODES = (RLG, TWICE, LORA_SCALE)
+RLG, LORA_SCALE, TWICE = MODES
 ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
 _DIVERSITY_SIDE = 16  # images are compared at 16x16: layout and colour, not texture
 
@@ -119,24 +119,25 @@ class Evaluator:
         self.policy, self.reward, self.prompts, self.settings = policy, reward, prompts, settings
         self.negative = policy.encode([""])
 
-    def run(self, unit: Sequence[Job]) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Rows of a unit (see DESIGN: scores.jsonl) with their images (3, H, W)."""
+    def run(self, unit: Sequence[Job]) -> Iterator[tuple[Row, Tensor]]:
+        """Rows of a unit with their images (3, H, W)."""
         images = self.generate(unit)
         prompts = [self.prompts[job.prompt_id] for job in unit]
         scores = self.reward(images.pixels_B3HW, [p.text for p in prompts], [p.metadata for p in prompts])
         spread_B = diversity(images.pixels_B3HW, [(job.prompt_id, job.w) for job in unit])
         for i, (job, prompt) in enumerate(zip(unit, prompts, strict=True)):
-            row = asdict(job) | {
-                "prompt": prompt.text,
-                "tag": prompt.metadata.get("tag"),
-                "seed": self.settings.seed,
-                "sampler": self.settings.sampler,
-                "rewards": {name: float(part[i]) for name, part in scores.parts.items()},
-                "kl": None if images.kl_B is None else float(images.kl_B[i]),
-                "diversity": spread_B[i],
-                "nfe": int(images.nfe_B[i]),
-                "seconds": float(images.seconds_B[i]),
-            }
+            row = Row(
+                **asdict(job),
+                prompt=prompt.text,
+                tag=prompt.metadata.get("tag"),
+                seed=self.settings.seed,
+                sampler=self.settings.sampler,
+                rewards={name: float(part[i]) for name, part in scores.parts.items()},
+                kl=None if images.kl_B is None else float(images.kl_B[i]),
+                diversity=spread_B[i],
+                nfe=int(images.nfe_B[i]),
+                seconds=float(images.seconds_B[i]),
+            )
             yield row, images.pixels_B3HW[i]
 
     @torch.no_grad()
@@ -206,32 +207,25 @@ def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[
     return result
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All whole rows in a folder's row files; a line cut short by a crash is dropped."""
-    rows = []
-    for file in sorted(folder.glob("scores*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
+def collect(folder: Path) -> dict[Job, Row]:
+    """Everything that was scored so far, from scores.jsonl and from the files of processes that did not finish."""
+    files = [f for f in sorted(folder.glob("scores*.jsonl")) if f.stat().st_size]
+    return {_job(row): row for file in files for row in read_rows(file)}
 
 
-def merge_rows(folder: Path) -> int:
+def merge(folder: Path) -> int:
     """Join the processes' files into scores.jsonl, one row a job, in a fixed order. Returns the number of rows."""
-    unique = {_job(row): row for row in read_rows(folder)}
-    ordered = sorted(unique.items(), key=lambda item: (item[0].mode, item[0].w, item[0].prompt_id, item[0].k))
+    ordered = sorted(collect(folder).items(), key=lambda item: (item[0].mode, item[0].w, item[0].prompt_id, item[0].k))
     temporary = folder / (ROWS + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for _, row in ordered))
+    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for _, row in ordered))
     temporary.replace(folder / ROWS)
     for file in folder.glob("scores-*.jsonl"):
         file.unlink()
     return len(ordered)
 
 
-def _job(row: dict[str, Any]) -> Job:
-    return Job(row["prompt_id"], row["k"], row["w"], row["mode"])
+def _job(row: Row) -> Job:
+    return Job(row.prompt_id, row.k, row.w, row.mode)
 
 
 def evaluate(
@@ -243,24 +237,23 @@ def evaluate(
     world: int = 1,
 ) -> None:
     """Make this process's share of the rows that are not there yet, with a progress bar."""
-    done = {_job(row) for row in read_rows(folder)}
-    units = plan(evaluator.settings, prompt_ids, done)[rank::world]
+    units = plan(evaluator.settings, prompt_ids, set(collect(folder)))[rank::world]
     bar = tqdm(total=sum(map(len, units)), desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
     with (folder / f"scores-{rank}.jsonl").open("a") as file:
         for unit in units:
             rows = list(evaluator.run(unit))
             _save_images([(row, image) for row, image in rows if keep_images(_job(row))], folder / IMAGES)
-            file.write("".join(json.dumps(row) + "\n" for row, _ in rows))
+            file.write("".join(json.dumps(asdict(row)) + "\n" for row, _ in rows))
             file.flush()
             bar.update(len(unit))
     bar.close()
 
 
-def _save_images(rows: Iterable[tuple[dict[str, Any], Tensor]], folder: Path) -> None:
+def _save_images(rows: Iterable[tuple[Row, Tensor]], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for row, image_3HW in rows:
         pixels = (image_3HW.permute(1, 2, 0) * 255).round().byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{row['prompt_id']}-{row['k']}-{row['w']:g}.png")
+        Image.fromarray(pixels).save(folder / f"{row.prompt_id}-{row.k}-{row.w:g}.png")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -331,7 +324,7 @@ def run(args: argparse.Namespace) -> Path:
     if not base:
         raise ValueError(f"{args.ckpt} does not say what it was trained on; give --base")
     settings = EvalSettings(
-        scales=tuple(sorted(set(args.scales))),
+        scales=tuple(sorted({float(f"{w:g}") for w in args.scales})),
         modes=tuple(args.modes),
         steps=args.steps or 20,
         sampler=args.sampler or "ode",
@@ -363,6 +356,7 @@ def run(args: argparse.Namespace) -> Path:
     }
     if state.is_main_process:
         prepare_folder(folder, meta, args.overwrite)
+        merge(folder)
     state.wait_for_everyone()
     shown = set(prompt_sets.spread(prompts, args.images)) if args.images >= 0 else set(ids)
     shown = shown & set(ids) or set(ids[: max(args.images, 0)])
@@ -371,7 +365,7 @@ def run(args: argparse.Namespace) -> Path:
     evaluate(evaluator, folder, ids, keep, state.process_index, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
-        merge_rows(folder)
+        merge(folder)
         print(write_report(folder))
     return folder
 

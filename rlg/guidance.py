@@ -14,7 +14,7 @@ kernel is the normalised geometric mean of the two, for every process in `rlg.pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch

@@ -183,10 +183,10 @@ def test_detections_have_box_colour_and_confidence() -> None:
 def test_detections_come_largest_first_and_one_blob_at_a_time() -> None:
     image = torch.ones(3, 64, 64)
     red = torch.tensor(PALETTE["red"])[:, None, None]
-    image[:, 12:22, 12:22] = red  # a square in the corner of the triangle's box, and before it in reading order
-    triangle = torch.from_numpy(shape_mask("triangle", 50, 50))
-    image[:, 10:60, 10:60] = torch.where(triangle, red, image[:, 10:60, 10:60])
-    expected = [("triangle", (10.0, 10.0, 60.0, 60.0), 1.0), ("square", (12.0, 12.0, 22.0, 22.0), 1.0)]
+    image[:, 10:17, 10:17] = red  # a square in the corner of the circle's box, and before it in reading order
+    circle = torch.from_numpy(shape_mask("circle", 50, 50))
+    image[:, 10:60, 10:60] = torch.where(circle, red, image[:, 10:60, 10:60])
+    expected = [("circle", (10.0, 10.0, 60.0, 60.0), 1.0), ("square", (10.0, 10.0, 17.0, 17.0), 1.0)]
     assert [(d.name, d.box, d.score) for d in detect(image)] == expected
 
 

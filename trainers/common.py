@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlg import prompts as prompt_sets
-from rlg.cli import fail_cleanly
 from rlg.config import CONFIG
 from rlg.policy import Policy
 from rlg.state import load_optimizer, save_optimizer
@@ -50,7 +49,9 @@ class TrainConfig:
     mixed_precision: str = field(default="no", metadata={"help": "autocast around the network: no, bf16 or fp16"})
     lora_rank: int = field(default=32, metadata={"help": "rank of the LoRA, whose weights are always float32"})
     lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha"})
-    lora_targets: list[str] | None = field(default=None, metadata={"help": "modules (default: the family's attention)"})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "modules (default: the family's attention)"}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
     max_steps: int = field(default=100, metadata={"help": "iterations"})
     learning_rate: float = field(default=3e-4, metadata={"help": "of AdamW"})
@@ -66,7 +67,9 @@ class TrainConfig:
     eval_steps: int = field(default=0, metadata={"help": "iterations between held-out evaluations; 0: never"})
     eval_num_prompts: int = field(default=64, metadata={"help": "held-out prompts of such an evaluation"})
     sample_steps: int = field(default=10, metadata={"help": "iterations between sample images; 0: never"})
-    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard or none; metrics.jsonl is always kept"})
+    report_to: str = field(
+        default="none", metadata={"help": "wandb, tensorboard or none; metrics.jsonl is always kept"}
+    )
     project: str = field(default="rlg", metadata={"help": "project name for the tracker"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint"})
     overwrite: bool = field(default=False, metadata={"help": "discard an earlier run of this name"})
@@ -358,5 +361,3 @@ def load_prompts(config: TrainConfig) -> tuple[list[prompt_sets.Prompt], list[pr
     """(training prompts, held-out prompts)."""
     held_out = prompt_sets.load(config.eval_prompts) if config.eval_prompts else []
     return prompt_sets.load(config.prompts), held_out
-
-

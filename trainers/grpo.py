@@ -62,13 +62,17 @@ class GRPOConfig(TrainConfig):
     noise_level: float = field(default=0.7, metadata={"help": "of the kernel; eta for DDIM"})
     window_size: int = field(default=0, metadata={"help": "stochastic steps, in one random window; 0: all steps"})
     window_end: int | None = field(default=None, metadata={"help": "windows lie before this step (default: half)"})
-    num_train_steps: int | None = field(default=None, metadata={"help": "random stochastic steps trained (default: all)"})
+    num_train_steps: int | None = field(
+        default=None, metadata={"help": "random stochastic steps trained (default: all)"}
+    )
     skip_last_step: bool = field(default=True, metadata={"help": "never train on the last step (Flow-GRPO's 0.99)"})
     guidance_scale: float = field(default=4.5, metadata={"help": "classifier-free guidance, in rollout and training"})
     epsilon: float = field(default=1e-4, metadata={"help": "clip range of the ratio"})
     beta: float = field(default=0.0, metadata={"help": "KL coefficient"})
     kl_convention: str = field(default="gaussian", metadata={"help": "gaussian (true KL) or flow_grpo (without dt)"})
-    scale_rewards: str = field(default="batch", metadata={"help": "divide advantages by the std of: group, batch, none"})
+    scale_rewards: str = field(
+        default="batch", metadata={"help": "divide advantages by the std of: group, batch, none"}
+    )
     reward_aggregation: str = field(default="sum", metadata={"help": "mix rewards as their sum, or as advantages"})
     advantage_clip: float = field(default=5.0, metadata={"help": "advantages are clipped to this"})
     ratio: str = field(default="ppo", metadata={"help": "ppo, or guard (GRPO-Guard's normalised ratio)"})
@@ -192,7 +196,9 @@ class GRPOTrainer:
         self.accelerator = accelerator or common.make_accelerator(config)
         self.counts = config.derived(self.accelerator.num_processes)
         if config.num_prompts > len(self.prompts):
-            raise ValueError(f"num_prompts = {config.num_prompts}, but {config.prompts} holds {len(self.prompts)} prompts")
+            raise ValueError(
+                f"num_prompts = {config.num_prompts}, but {config.prompts} holds {len(self.prompts)} prompts"
+            )
         policy, optimizer = common.prepare_policy(config, self.accelerator)
         ema = common.Ema(policy.trainable(), config.ema_decay, config.ema_every) if config.ema_decay else None
         self.state = TrainState(policy, optimizer, ema)
@@ -384,7 +390,9 @@ class GRPOTrainer:
         if self.state.ema:
             self.state.ema.swap()
         schedule = self.policy.schedule(config.num_steps, config.kernel, config.noise_level)
-        chosen = spread(self.eval_prompts, config.eval_num_prompts)[accelerator.process_index :: accelerator.num_processes]
+        chosen = spread(self.eval_prompts, config.eval_num_prompts)[
+            accelerator.process_index :: accelerator.num_processes
+        ]
         sums: dict[str, float] = {}
         for start in range(0, len(chosen), config.per_device_batch_size):
             ids = chosen[start : start + config.per_device_batch_size]

@@ -82,9 +82,7 @@ def encode(pipe: Any, prompts: Sequence[str]) -> Conditioning:
         max_sequence_length=1 if collapse else T5_TOKENS,
     )
     count = torch.full((len(pooled),), T5_TOKENS if collapse else 1)
-    return Conditioning(
-        {"encoder_hidden_states": embeds, "pooled_projections": pooled, "last_token_count": count}
-    )
+    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled, "last_token_count": count})
 
 
 def forward(network: nn.Module, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:

@@ -22,14 +22,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rlg import process
 from rlg.backbones import backbone_of
 from rlg.cli import fail_cleanly
-from rlg.tinyworld import models, scenes
 from rlg.state import load_optimizer, save_optimizer
+from rlg.tinyworld import models, scenes
 
 _CHECKPOINT_SECONDS = 180.0
 
@@ -86,8 +88,6 @@ class Stage:
         self._saved = time.monotonic()
 
     def _load(self) -> None:
-        from safetensors.torch import load_file
-
         state = json.loads((self.folder / "stage.json").read_text())
         self.step = state["step"]
         tensors = load_file(self.folder / f"weights-{self.step}.safetensors")
@@ -102,8 +102,6 @@ class Stage:
 
     def save(self) -> None:
         """Write a checkpoint; the step named in stage.json is always a whole one."""
-        from safetensors.torch import save_file
-
         self.folder.mkdir(parents=True, exist_ok=True)
         named = list(self.module.named_parameters())
         tensors = {name: p.detach().contiguous().clone() for name, p in named}
@@ -158,11 +156,31 @@ def train_vae(vae: AutoencoderKL, folder: Path, budget: Budget, seed: int, devic
     stage.finish()
 
 
-@torch.no_grad()
-def cache_latents(
-    pipe: DiffusionPipeline, budget: Budget, seed: int, device: str, bf16: bool
+def cached_latents(
+    pipe: DiffusionPipeline, file: Path, budget: Budget, seed: int, device: str, bf16: bool
 ) -> tuple[Tensor, list[str]]:
     """Normalised latents (scenes, C, H, W) and their captions; sets the autoencoder's scale and shift."""
+    if not file.exists():
+        latents, captions = encode_scenes(pipe, budget, seed, device, bf16)
+        shift = latents.mean().item() if pipe.vae.config.shift_factor is not None else 0.0
+        scale = 1 / (latents - shift).std().item()
+        header = {"captions": json.dumps(captions), "scale": repr(scale), "shift": repr(shift)}
+        temporary = file.with_suffix(".tmp")
+        save_file({"latents": ((latents - shift) * scale).contiguous()}, temporary, metadata=header)
+        temporary.replace(file)
+    with safe_open(file, framework="pt") as opened:
+        header, latents = opened.metadata(), opened.get_tensor("latents")
+    pipe.vae.register_to_config(scaling_factor=float(header["scale"]))
+    if pipe.vae.config.shift_factor is not None:
+        pipe.vae.register_to_config(shift_factor=float(header["shift"]))
+    return latents, json.loads(header["captions"])
+
+
+@torch.no_grad()
+def encode_scenes(
+    pipe: DiffusionPipeline, budget: Budget, seed: int, device: str, bf16: bool
+) -> tuple[Tensor, list[str]]:
+    """Latents of freshly drawn scenes, as the autoencoder puts them out, and their captions."""
     generator = torch.Generator().manual_seed(seed)
     prompts = scenes.training_prompts(budget.scenes, generator)
     chunks = []
@@ -170,13 +188,7 @@ def cache_latents(
         images = scenes.draw(prompts[start : start + 128], generator).to(device)
         with _autocast(device, bf16):
             chunks.append(pipe.vae.encode(images * 2 - 1).latent_dist.mode().float().cpu())
-    latents = torch.cat(chunks)
-    shift = latents.mean().item() if pipe.vae.config.shift_factor is not None else 0.0
-    scale = 1 / (latents - shift).std().item()
-    pipe.vae.register_to_config(scaling_factor=scale)
-    if pipe.vae.config.shift_factor is not None:
-        pipe.vae.register_to_config(shift_factor=shift)
-    return (latents - shift) * scale, [p.text for p in prompts]
+    return torch.cat(chunks), [p.text for p in prompts]
 
 
 def train_denoiser(
@@ -196,7 +208,7 @@ def train_denoiser(
     matrices, rest = split_parameters(trained.values())
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=1e-4, betas=(0.9, 0.95))]
     if family_uses_muon := pipe.__class__.__name__ == "StableDiffusion3Pipeline":
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=1e-3, ns_steps=4, adjust_lr_fn="match_rms_adamw"))
     else:
         optimizers = [torch.optim.AdamW(trained.parameters(), weight_decay=1e-4, betas=(0.9, 0.95))]
     stage = Stage(folder, trained, optimizers, budget.steps)
@@ -213,7 +225,9 @@ def train_denoiser(
         rows = process.sample_t(forward, budget.batch, generator)
         x_t, target = process.noise(forward, rows, x0, eps)
         with _autocast(device, bf16):
-            out = backbone.forward(denoiser, x_t.to(device), forward.time[rows].to(device), backbone.encode(pipe, texts))
+            out = backbone.forward(
+                denoiser, x_t.to(device), forward.time[rows].to(device), backbone.encode(pipe, texts)
+            )
         loss = (out.float() - target.to(device)).square().mean()
         rate = learning_rate(stage.step, stage.steps, budget.lr, budget.warmup)
         stage.update(loss, [rate, 2 * rate] if family_uses_muon else [rate])
@@ -264,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
     state = args.output.with_name(args.output.name + "-state")
     train_vae(pipe.vae, state / "vae", budget, args.seed, args.device, args.bf16)
     pipe.vae.requires_grad_(False).eval()
-    data = cache_latents(pipe, budget, args.seed, args.device, args.bf16)
+    data = cached_latents(pipe, state / "latents.safetensors", budget, args.seed, args.device, args.bf16)
     train_denoiser(pipe, data, state / "denoiser", budget, args.seed, args.device, args.bf16)
     models.save(pipe, args.output)
     print(f"saved {args.output}")

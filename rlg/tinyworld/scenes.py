@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def _rank(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def composition_prompts(split: str) -> tuple[Prompt, ...]:
     """All composition prompts of a split ("train" or "test"), in a fixed order; every tag is in both splits."""
     _check_split(split)
@@ -212,7 +212,7 @@ def _signed_distance(name: str, px: Tensor, py: Tensor, radius: Tensor) -> Tenso
     return torch.minimum(upright, level)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(char: str, size: int) -> np.ndarray:
     """Coverage (H, W) in [0, 1] of one character, cut to its ink."""
     font = ImageFont.load_default(size)
