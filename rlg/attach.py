@@ -1,7 +1,7 @@
 """A slider on any diffusers pipeline: `guide = rlg.apply(pipe, "adapter"); guide.scale = 1.6; pipe("...")`.
 
-The denoiser's `forward` is wrapped and nothing else: classifier-free guidance and the lerp are both linear, so wrapping
-the denoiser equals wrapping the whole update, for every pipeline and every scheduler of diffusers.
+The denoiser's `forward` is wrapped and nothing else: classifier-free guidance and the lerp are both linear, so
+wrapping the denoiser equals wrapping the whole update, for every pipeline and every scheduler of diffusers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def denoiser_name(pipe: Any) -> str:
 
 
 class Guide:
-    """Reinforcement Learning Guidance on a pipeline. `scale` may be changed between calls; `remove()` undoes it all."""
+    """Reinforcement Learning Guidance on a pipeline; `scale` may be changed between calls, `remove()` takes it off."""
 
     def __init__(self, pipe: Any, network: nn.Module, scale: Weight):
         self.pipe, self.network = pipe, network

@@ -1,6 +1,6 @@
 """Noise processes as tables: every sampler that the project knows is affine in the network's output.
 
-Legend: B batch, T denoising steps, N training times. x_t = alpha x0 + sigma noise, and the network is trained to put out
+Legend: B batch, T denoising steps, N training times. x_t = alpha x0 + sigma noise, and the network is trained to put
 out = out_x0 x0 + out_noise noise, which covers epsilon-, v-, sample- and velocity-prediction with four numbers a row.
 Solving the two equations gives x0_hat and noise_hat, affine in (x, out), and hence each kernel
 
@@ -166,7 +166,7 @@ def _vp_schedule(config: Mapping[str, Any], levels: Tensor, kernel: str) -> Sche
 
 
 def _solve(alpha: Tensor, sigma: Tensor, out_x0: Tensor, out_noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0_hat = x0_x x + x0_out out and noise_hat = n_x x + n_out out, from the two equations of the module's legend."""
+    """x0_hat = x0_x x + x0_out out and noise_hat = n_x x + n_out out, by the equations of the module's legend."""
     determinant = alpha * out_noise - sigma * out_x0
     return out_noise / determinant, -sigma / determinant, -out_x0 / determinant, alpha / determinant
 

@@ -71,7 +71,7 @@ def _tinyworld(name: str) -> list[Prompt]:
 
 
 def spread(prompts: Sequence[Prompt], count: int | None) -> list[int]:
-    """Indices of `count` prompts spread evenly over a set (all of them for None), so that every tag keeps its share."""
+    """Indices of `count` prompts spread evenly over a set (None: all of them), so that every tag keeps its share."""
     if count is None or count >= len(prompts):
         return list(range(len(prompts)))
     return [i * len(prompts) // count for i in range(count)]

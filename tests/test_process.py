@@ -178,8 +178,8 @@ def test_kl_carries_gradient_to_the_policy() -> None:
 
 
 # --- Gaussians in closed form -------------------------------------------------------------------------------------
-# base N(0, 1), tuned N(m, s2), one dimension: every network output is affine in x, so the moments of the sampler can be
-# followed exactly through the real tables, and compared with the continuous-time law (derivation below).
+# base N(0, 1), tuned N(m, s2), one dimension: every network output is affine in x, so the moments of the sampler can
+# be followed exactly through the real tables, and compared with the continuous-time law (derivation below).
 
 
 def gaussian_output(config: dict, alpha: float, sigma: float, m: float, s2: float, x: torch.Tensor) -> torch.Tensor:
@@ -216,7 +216,7 @@ def continuous_variance(w: float, s2: float, churn: float) -> float:
 
     In VE coordinates (x / alpha, tau = sigma^2 / alpha^2) the guided score is -x a(tau) with
     a = (1-w)/(1+tau) + w/(s2+tau), and sampling with churn c (0: ODE, 1: the reverse SDE) has
-    dV/dtau = (1 + c) a V - c. The integrating factor is (1+tau)^{(1-w)(1+c)} (s2+tau)^{w(1+c)}, and V ~ tau at infinity.
+    dV/dtau = (1 + c) a V - c. The integrating factor is (1+tau)^{(1-w)(1+c)} (s2+tau)^{w(1+c)}; V ~ tau at infinity.
     """
     if churn == 0:
         return s2**w

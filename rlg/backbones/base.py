@@ -56,7 +56,7 @@ class Backbone:
         return getattr(pipe, self.denoiser_name)
 
     def latent_shape(self, pipe: Any, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of an image of height x width pixels. Raises ValueError for sizes that don't fit."""
+        """(C, H, W) of the latents of an image of height x width pixels. Raises ValueError for other sizes."""
         factor = pipe.vae_scale_factor
         if height % factor or width % factor:
             raise ValueError(f"image size {height}x{width} is not a multiple of {factor}")

@@ -83,7 +83,7 @@ def _text_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
 
 
 def _tie_word_ends(model: torch.nn.Module, tokenizer: CLIPTokenizer) -> None:
-    """Start a character and the same character at the end of a word from one embedding: a sign's spelling needs both."""
+    """Start a character, and the same at the end of a word, from one embedding: a sign's spelling needs both."""
     table = model.get_input_embeddings().weight.data
     table.mul_(15)  # unit-size embeddings: at CLIP's 0.02 the words are slow to come apart
     vocabulary = tokenizer.get_vocab()
@@ -215,7 +215,7 @@ def build(family: str) -> DiffusionPipeline:
 def save(pipe: DiffusionPipeline, folder: Path) -> None:
     """Write a pipeline in half precision that plain `from_pretrained` loads in float32, whole.
 
-    diffusers' models load in float32 unless told otherwise, but transformers' in the precision that their config names.
+    diffusers' models load in float32 unless told otherwise, transformers' in the precision that their config names.
     """
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder)

@@ -56,11 +56,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def split_parameters(modules: Iterable[nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of transformer blocks, everything else): the first are for Muon, the second for AdamW."""
+    """(matrices of a pure transformer's blocks, everything else): the first are for Muon, the second for AdamW."""
     matrices, rest = [], []
     for module in modules:
         for name, parameter in module.named_parameters():
-            hidden = parameter.ndim == 2 and "blocks" in name and "embed" not in name
+            hidden = parameter.ndim == 2 and name.startswith("transformer_blocks")
             (matrices if hidden else rest).append(parameter)
     return matrices, rest
 
@@ -207,15 +207,13 @@ def train_denoiser(
     trained = nn.ModuleDict({"denoiser": denoiser} | {n: getattr(pipe, n) for n in backbone.text_encoders})
     matrices, rest = split_parameters(trained.values())
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, weight_decay=1e-4, betas=(0.9, 0.95))]
-    if family_uses_muon := pipe.__class__.__name__ == "StableDiffusion3Pipeline":
+    if matrices:
         optimizers.append(torch.optim.Muon(matrices, weight_decay=1e-3, ns_steps=4, adjust_lr_fn="match_rms_adamw"))
-    else:
-        optimizers = [torch.optim.AdamW(trained.parameters(), weight_decay=1e-4, betas=(0.9, 0.95))]
     stage = Stage(folder, trained, optimizers, budget.steps)
     forward = process.process_from_config(process.config_of(pipe.scheduler))
     latents, captions = data
     bar = tqdm(total=stage.steps, initial=stage.step, desc="denoiser", mininterval=5)
-    average = 0.0
+    average = None
     while stage.step < stage.steps:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + stage.step)
         pick = torch.randint(len(captions), (budget.batch,), generator=generator)
@@ -230,8 +228,8 @@ def train_denoiser(
             )
         loss = (out.float() - target.to(device)).square().mean()
         rate = learning_rate(stage.step, stage.steps, budget.lr, budget.warmup)
-        stage.update(loss, [rate, 2 * rate] if family_uses_muon else [rate])
-        average = 0.99 * average + 0.01 * loss.item() if stage.step > 1 else loss.item()
+        stage.update(loss, [rate, 2 * rate][: len(optimizers)])
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         bar.update()
         bar.set_postfix(loss=f"{average:.4f}")
     bar.close()
