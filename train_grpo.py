@@ -14,12 +14,12 @@ def main() -> None:
     if config.dry_run:
         common.dry_run(config, derived)
         return
+    common.check_folder(config)
     reward = rewards.build(config.reward, config.reward_weights, device=str(accelerator.device))
     held_out = (
         rewards.build(config.held_out_reward, device=str(accelerator.device)) if config.held_out_reward else None
     )
     prompts, eval_prompts = common.load_prompts(config)
-    common.prepare_folder(config, accelerator)
     GRPOTrainer(config, reward, prompts, eval_prompts, accelerator, held_out).train()
 
 

@@ -6,12 +6,15 @@ Only safetensors is read. `base_model_name_or_path` in adapter_config.json says 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,12 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+DENOISERS = ("transformer", "unet")  # what diffusers pipelines call their network, and the prefixes in its LoRA files
 NAME = "default"  # PEFT's name of the adapter inside the network
 PEFT_FOLDER = "adapter"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
+_SUFFIX = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -41,20 +46,21 @@ class AdapterFile:
 @contextmanager
 def disabled(network: nn.Module) -> Iterator[None]:
     """Within, every LoRA layer of the network passes its input by."""
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers = lora_layers(network)
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True  # PEFT's public switch also turns off requires_grad, which DDP must not see
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, was_disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = was_disabled
 
 
 @contextmanager
 def scaled(network: nn.Module, factor: float) -> Iterator[None]:
     """Within, every LoRA update of the network is multiplied by `factor`: the one-pass cousin of guidance."""
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers = lora_layers(network)
     before = [dict(layer.scaling) for layer in layers]
     for layer in layers:
         layer.scaling.update({name: factor * value for name, value in layer.scaling.items()})
@@ -96,6 +102,8 @@ def find(path: str | Path) -> Path:
     for candidate in candidates:
         if candidate.suffix in _PICKLES:
             raise ValueError(f"{candidate} is a pickle, which can run code when read; convert it to safetensors")
+        if candidate.suffix != _SUFFIX:  # diffusers would take a file of another name for a pickle
+            raise ValueError(f"{candidate} is no {_SUFFIX} file")
         if candidate.is_file():
             return candidate
     if path.is_dir():
@@ -113,40 +121,71 @@ def read(path: str | Path) -> AdapterFile:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or cut short: {error}") from error
-    config_file = file.with_name(PEFT_CONFIG)
-    if file.name != PEFT_WEIGHTS or not config_file.is_file():
+    if file.name != PEFT_WEIGHTS:
         return AdapterFile(None, tensors, None, file)
-    try:
-        row = json.loads(config_file.read_text())
-        config = LoraConfig.from_pretrained(file.parent)
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"{config_file} is damaged: {error}") from error
+    config = _read_config(file.with_name(PEFT_CONFIG))
     tensors = {k.removeprefix(_PEFT_PREFIX): v for k, v in tensors.items()}
-    return AdapterFile(config, tensors, row.get("base_model_name_or_path"), file)
+    return AdapterFile(config, tensors, config.base_model_name_or_path, file)
+
+
+def _read_config(file: Path) -> LoraConfig:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; a PEFT folder needs it beside {PEFT_WEIGHTS}")
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
+        config = LoraConfig.from_pretrained(file.parent) if kind == "LORA" else None
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if config is None or config.bias != "none" or config.modules_to_save:
+        raise ValueError(f"{file} is no plain LoRA (peft_type LORA, bias none), so it can't be switched off")
+    return config
 
 
 def load(pipe: Any, denoiser_name: str, path: str | Path) -> AdapterFile:
-    """Attach an adapter to a pipeline's network. Raises ValueError if it does not belong to this network."""
+    """Attach an adapter to a pipeline's network, or leave it as it was.
+
+    Raises ValueError if the adapter does not belong to this network, or the network carries one already.
+    """
     adapter = read(path)
     network = getattr(pipe, denoiser_name)
-    if adapter.config is None:
-        _load_diffusers_file(pipe, network, adapter)
-        return adapter
+    if not isinstance(network, PeftAdapterMixin):
+        raise ValueError(f"diffusers' {type(network).__name__} takes no LoRA")
+    if lora_layers(network):
+        raise ValueError(f"the {denoiser_name} already carries a LoRA; call pipe.unload_lora_weights() first")
     check_fit(network, adapter)
-    adapter.config.inference_mode = False
-    network.add_adapter(adapter.config)
-    set_peft_model_state_dict(network, adapter.tensors)
+    attach = _attach_diffusers_file if adapter.config is None else _attach_peft
+    try:
+        attach(pipe, network, adapter)
+    except Exception as error:  # whatever diffusers and PEFT raise over a config that they cannot use
+        network.unload_lora()
+        reason = textwrap.shorten(str(error), 240)
+        raise ValueError(f"{adapter.path} does not fit this base model: {reason}") from error
     return adapter
 
 
+def lora_layers(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers of a module that carry adapters."""
+    return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+
+
+def to_float32(network: nn.Module, adapter: AdapterFile) -> None:
+    """Hold a loaded adapter in fp32, with the values of its file: loading rounds them to the precision of the base."""
+    on_disk = {key.partition(".")[2] if adapter.config is None else key: t for key, t in adapter.tensors.items()}
+    for name, parameter in network.named_parameters():
+        if ".lora_" in name:
+            value = on_disk.get(name.replace(f".{NAME}.", "."), parameter.data)  # other trainers' names: as loaded
+            parameter.data = value.to(parameter.device, torch.float32)
+
+
 def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
-    """Raise ValueError unless every LoRA matrix fits a weight of the network."""
+    """Raise ValueError unless every LoRA matrix of the denoiser fits a weight of the network."""
     weights = dict(network.named_parameters())
     for key, tensor in adapter.tensors.items():
-        if ".lora_" not in key:
-            continue
-        module, _, kind = key.partition(".lora_")
-        weight = weights.get(f"{module}.weight", weights.get(f"{module}.base_layer.weight"))
+        prefix, _, name = ("", "", key) if adapter.config else key.partition(".")
+        module, _, kind = name.partition(".lora_")
+        if prefix not in ("", *DENOISERS) or kind not in ("A.weight", "B.weight"):
+            continue  # a text encoder's, or the naming of another trainer: for diffusers to judge
+        weight = weights.get(f"{module}.weight")
         axis = 0 if kind.startswith("B") else 1
         if weight is None or tensor.shape[axis] != weight.shape[axis]:
             found = "no such layer" if weight is None else f"{tuple(weight.shape)} against {tuple(tensor.shape)}"
@@ -154,12 +193,23 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
             raise ValueError(f"{adapter.path}{trained_on} does not fit this base model: {module}: {found}")
 
 
-def _load_diffusers_file(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
-    name = next(iter(adapter.tensors), "")
-    try:
-        pipe.load_lora_weights(str(adapter.path.parent), weight_name=adapter.path.name, adapter_name=NAME)
-    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(f"{adapter.path} does not fit this base model: {first}") from error
-    if not any(isinstance(m, BaseTunerLayer) for m in network.modules()):
-        raise ValueError(f"{adapter.path} holds no LoRA of this pipeline's denoiser (first key: {name!r})")
+def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
+    adapter.config.inference_mode = False
+    network.add_adapter(adapter.config, NAME)
+    result = set_peft_model_state_dict(network, adapter.tensors)
+    missing = [key for key in result.missing_keys if ".lora_" in key]
+    if missing or result.unexpected_keys:
+        wrong = f"no weights for {missing[0]}" if missing else f"no place for {result.unexpected_keys[0]}"
+        raise ValueError(f"{PEFT_CONFIG} and the weights disagree: {wrong}")
+
+
+def _attach_diffusers_file(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
+    options = {"weight_name": adapter.path.name, "adapter_name": NAME, "use_safetensors": True}
+    pipe.load_lora_weights(str(adapter.path.parent), **options)
+    if not lora_layers(network):
+        raise ValueError(f"it holds no LoRA of the denoiser (first key: {next(iter(adapter.tensors), '')!r})")
+    others = [name for name, m in pipe.components.items() if isinstance(m, nn.Module) and m is not network]
+    also = [name for name in others if lora_layers(getattr(pipe, name))]
+    if also:
+        pipe.unload_lora_weights()
+        raise ValueError(f"it also changes the {also[0]}, which guidance can't switch between its passes")

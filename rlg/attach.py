@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from rlg import adapters
 from rlg.guidance import Weight, check_finite
 
-_DENOISERS = ("transformer", "unet")  # what diffusers pipelines call their network
-
 
 def denoiser_name(pipe: Any) -> str:
     """The pipeline's attribute that holds its denoiser. Raises ValueError if it has none that we know."""
-    for name in _DENOISERS:
+    for name in adapters.DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
-    raise ValueError(f"{type(pipe).__name__} has no denoiser named {' or '.join(_DENOISERS)}")
+    raise ValueError(f"{type(pipe).__name__} has no denoiser named {' or '.join(adapters.DENOISERS)}")
 
 
 class Guide:
@@ -32,6 +30,7 @@ class Guide:
 
     def __init__(self, pipe: Any, network: nn.Module, scale: Weight):
         self.pipe, self.network = pipe, network
+        self._own_forward = vars(network).get("forward")  # set where another wrapper, as of accelerate, was here first
         self._forward: Callable[..., Any] = network.forward
         self.scale = scale
         network.forward = self._guided  # type: ignore[method-assign]
@@ -48,7 +47,10 @@ class Guide:
 
     def remove(self) -> None:
         """Restore the denoiser; the adapter stays attached, at w = 1."""
-        self.network.forward = self._forward  # type: ignore[method-assign]
+        if self._own_forward is None:
+            vars(self.network).pop("forward", None)
+        else:
+            self.network.forward = self._own_forward  # type: ignore[method-assign]
 
     def _guided(self, *args: Any, **kwargs: Any) -> Any:
         w = self._weight(args, kwargs)
@@ -68,16 +70,19 @@ class Guide:
         time = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if time is None:
             raise ValueError("a scale that is a function of t needs a denoiser that takes `timestep`")
-        w = float(self._scale(float(torch.as_tensor(time).flatten()[0])))
+        w = self._scale(float(torch.as_tensor(time).flatten()[0]))
         check_finite(w)
-        return w
+        return float(w)
 
 
 def _lerp(base: Any, tuned: Any, w: float | Tensor) -> Any:
     """base + w (tuned - base) on a tensor, a tuple or an output object, in fp32."""
     if isinstance(base, Tensor):
-        column = w.to(base.device).reshape(-1, *[1] * (base.ndim - 1)) if isinstance(w, Tensor) else w
-        return ((1 - column) * base.float() + column * tuned.float()).to(base.dtype)
+        if isinstance(w, Tensor):
+            if len(w) != len(base):
+                raise ValueError(f"{len(w)} guidance weights for a batch of {len(base)} (2 per image under CFG)")
+            w = w.to(base.device).reshape(-1, *[1] * (base.ndim - 1))
+        return ((1 - w) * base.float() + w * tuned.float()).to(base.dtype)
     if isinstance(base, tuple):
         return (_lerp(base[0], tuned[0], w), *tuned[1:])
     base.sample = _lerp(base.sample, tuned.sample, w)
@@ -90,6 +95,7 @@ def apply(pipe: Any, adapter: str | Path, scale: Weight = 1.0) -> Guide:
     adapter: one of our checkpoints, a PEFT folder or a diffusers LoRA file, in safetensors.
     Raises ValueError if the pipeline has no denoiser, or the adapter is missing, damaged or made for another base.
     """
+    check_finite(scale)
     name = denoiser_name(pipe)
     adapters.load(pipe, name, adapter)
     return Guide(pipe, getattr(pipe, name), scale)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
-class UserError(ValueError):
-    """A mistake of the user's, with the fix in its message."""
+def stop(message: str) -> NoReturn:
+    """Print one line on stderr and exit with code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors look like all others: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        stop(f"{message}; see --help")
 
 
 @contextmanager
@@ -17,8 +29,7 @@ def fail_cleanly() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+        stop(str(error))
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

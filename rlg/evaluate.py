@@ -3,13 +3,14 @@
     python -m rlg.evaluate --ckpt runs/NAME/checkpoint-N --scales 0 0.25 0.5 0.75 1 1.5 2 3
 
 Base and adapter-enabled passes run on one network; several w share a batch; w = 0 and w = 1 take one pass. Noise is a
-function of (seed, prompt, k), so all scales, modes and later runs are paired. Beside the sweep (mode "rlg") it runs the
-two baselines that cost the same or less: the tuned model with twice the steps ("tuned_2x_steps", equal network
+function of (seed, prompt, k), so all scales, modes and later runs are paired. Beside the sweep (mode "rlg") it runs
+the two baselines that cost the same or less: the tuned model with twice the steps ("tuned_2x_steps", equal network
 evaluations) and the LoRA scaled by w ("lora_scale", one pass).
 
 The work is cut into units (a few prompts, all their images, all scales) whose batches do not depend on the number of
 processes; each process takes every n-th unit and appends its rows to a file of its own. What is already scored is not
-done again. Path KL is in nats, by Girsanov with the variance that is really injected (stochastic samplers only).
+done again, but for a prompt at a scale that was cut off midway. Path KL is in nats, by Girsanov with the variance that
+is really injected (stochastic samplers only).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from rewards import RewardMix
 from rlg import adapters, guidance, process, sampling
 from rlg import prompts as prompt_sets
-from rlg.cli import fail_cleanly
+from rlg.cli import Parser, fail_cleanly
 from rlg.policy import DTYPES, Policy
 from rlg.process import KERNELS
 from rlg.prompts import Prompt
@@ -59,7 +60,7 @@ class EvalSettings:
     resolution: int | None
     k: int  # images a prompt
     seed: int
-    batch_size: int  # rows a batch, before classifier-free guidance
+    batch_size: int  # images a batch
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(w) for w in self.scales):
@@ -90,16 +91,27 @@ class Images:
     nfe_B: Tensor
     seconds_B: Tensor
 
+    @staticmethod
+    def cat(parts: Sequence[Images]) -> Images:
+        """Join batches."""
+        kl_B = None if parts[0].kl_B is None else torch.cat([part.kl_B for part in parts])
+        rest = ([getattr(part, name) for part in parts] for name in ("pixels_B3HW", "nfe_B", "seconds_B"))
+        pixels_B3HW, nfe_B, seconds_B = map(torch.cat, rest)
+        return Images(pixels_B3HW, kl_B, nfe_B, seconds_B)
+
 
 def plan(settings: EvalSettings, prompt_ids: Sequence[int], done: set[Job]) -> list[list[Job]]:
-    """Units of work, each a batch of one mode (and of one w for `lora_scale`), without what is done."""
+    """Units of work of one mode each (and of one w for `lora_scale`), without what is done.
+
+    A prompt's images at one w stay together, as diversity compares them: unless all are there, all are made.
+    """
     units: list[list[Job]] = []
     for mode, scales in _sweeps(settings):
         chunk = max(1, settings.batch_size // (settings.k * len(scales)))
         for start in range(0, len(prompt_ids), chunk):
             ids = prompt_ids[start : start + chunk]
             unit = [Job(p, k, w, mode) for p in ids for w in scales for k in range(settings.k)]
-            units.append([job for job in unit if job not in done])
+            units.append([job for job in unit if any(replace(job, k=k) not in done for k in range(settings.k))])
     return [unit for unit in units if unit]
 
 
@@ -113,15 +125,18 @@ def _sweeps(settings: EvalSettings) -> Iterator[tuple[str, tuple[float, ...]]]:
 
 
 class Evaluator:
-    """Makes and scores images of one policy."""
+    """Makes and scores images of one policy. Raises ValueError for settings that do not fit it."""
 
     def __init__(self, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], settings: EvalSettings):
         self.policy, self.reward, self.prompts, self.settings = policy, reward, prompts, settings
         self.negative = policy.encode([""])
+        self.shape = policy.latent_shape(settings.resolution)
+        policy.schedule(settings.steps, settings.sampler, settings.level)  # refused now rather than at the first batch
 
     def run(self, unit: Sequence[Job]) -> Iterator[tuple[Row, Tensor]]:
         """Rows of a unit with their images (3, H, W)."""
-        images = self.generate(unit)
+        size = self.settings.batch_size
+        images = Images.cat([self.generate(unit[start : start + size]) for start in range(0, len(unit), size)])
         prompts = [self.prompts[job.prompt_id] for job in unit]
         scores = self.reward(images.pixels_B3HW, [p.text for p in prompts], [p.metadata for p in prompts])
         spread_B = diversity(images.pixels_B3HW, [(job.prompt_id, job.w) for job in unit])
@@ -129,7 +144,7 @@ class Evaluator:
             row = Row(
                 **asdict(job),
                 prompt=prompt.text,
-                tag=prompt.metadata.get("tag"),
+                tag=None if "tag" not in prompt.metadata else str(prompt.metadata["tag"]),
                 seed=self.settings.seed,
                 sampler=self.settings.sampler,
                 rewards={name: float(part[i]) for name, part in scores.parts.items()},
@@ -147,13 +162,18 @@ class Evaluator:
         steps = settings.steps * (2 if mode == TWICE else 1)
         schedule = self.policy.schedule(steps, settings.sampler, settings.level)
         weights_B = torch.ones(len(unit)) if mode != RLG else torch.tensor([job.w for job in unit])
-        with self._lora_scaled(unit[0].w if mode == LORA_SCALE else 1.0):
-            started = time.perf_counter()
+        with adapters.scaled(self.policy.network, unit[0].w if mode == LORA_SCALE else 1.0):
+            started = self._now()
             latents, kl_B, passes_B, wasted = self._sample(unit, schedule, weights_B)
-            pixels = self.policy.decode(latents)
-            seconds = time.perf_counter() - started - wasted
+            pixels = self.policy.decode(latents).cpu()
+            seconds = self._now() - started - wasted
         nfe_B = passes_B * (2 if settings.cfg != 1.0 else 1)
-        return Images(pixels.cpu(), kl_B, nfe_B, seconds * nfe_B / nfe_B.sum())
+        return Images(pixels, kl_B, nfe_B, seconds * nfe_B / nfe_B.sum())
+
+    def _now(self) -> float:
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)  # else one would time the launching of kernels
+        return time.perf_counter()
 
     def _sample(
         self, unit: Sequence[Job], schedule: process.Schedule, weights_B: Tensor
@@ -164,7 +184,7 @@ class Evaluator:
         tuned = guidance.with_cfg(policy.predict, self.negative, settings.cfg)
         cond = self._conditioning(unit)
         ids = [SampleId(settings.seed, job.prompt_id, job.k) for job in unit]
-        noise = SampleNoise(ids, policy.latent_shape(settings.resolution), policy.device)
+        noise = SampleNoise(ids, self.shape, policy.device)
         guided = guidance.rlg(base, tuned, weights_B)
         x, kl_B, passes_B = noise.initial(), torch.zeros(len(unit)), torch.zeros(len(unit), dtype=torch.long)
         wasted = 0.0
@@ -174,11 +194,11 @@ class Evaluator:
             passes_B += guided.passes(float(t_B[0]), len(unit))
             stochastic = bool(schedule.std[i] > 0)
             if stochastic:
-                started = time.perf_counter()
+                started = self._now()
                 if not bool(known_B.all()):  # w = 1 skips the base, which the KL needs: an extra pass, off the clock
                     base_out = base_out + guidance.on_rows(base, ~known_B, x, t_B, cond)
                 kl_B += sampling.path_kl_step(schedule, i, out, base_out).cpu()
-                wasted += time.perf_counter() - started
+                wasted += self._now() - started
             x = process.step(schedule, i, x, out, noise.step() if stochastic else None)
         return x, kl_B if schedule.stochastic_steps() else None, passes_B, wasted
 
@@ -187,9 +207,6 @@ class Evaluator:
         unique = list(dict.fromkeys(texts))
         encoded = self.policy.encode(unique)
         return encoded[torch.tensor([unique.index(text) for text in texts], device=self.policy.device)]
-
-    def _lora_scaled(self, factor: float) -> Any:
-        return adapters.scaled(self.policy.network, factor)
 
 
 def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[float | None]:
@@ -201,7 +218,8 @@ def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[
     result: list[float | None] = [None] * len(groups)
     for rows in members.values():
         if len(rows) > 1:
-            distance = torch.cdist(small[rows], small[rows]) / math.sqrt(small.shape[1])
+            exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+            distance = torch.cdist(small[rows], small[rows], **exact) / math.sqrt(small.shape[1])
             for row, value in zip(rows, distance.sum(dim=1) / (len(rows) - 1), strict=True):
                 result[row] = float(value)
     return result
@@ -209,8 +227,13 @@ def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[
 
 def collect(folder: Path) -> dict[Job, Row]:
     """Everything that was scored so far, from scores.jsonl and from the files of processes that did not finish."""
-    files = [f for f in sorted(folder.glob("scores*.jsonl")) if f.stat().st_size]
-    return {_job(row): row for file in files for row in read_rows(file)}
+    return {job: row for file in sorted(folder.glob("scores*.jsonl")) for job, row in _read(file).items()}
+
+
+def _read(file: Path) -> dict[Job, Row]:
+    if not file.is_file() or b"\n" not in file.read_bytes():  # nothing yet, or cut off within its first line
+        return {}
+    return {_job(row): row for row in read_rows(file)}
 
 
 def merge(folder: Path) -> int:
@@ -236,8 +259,11 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Make this process's share of the rows that are not there yet, with a progress bar."""
-    units = plan(evaluator.settings, prompt_ids, set(collect(folder)))[rank::world]
+    """Make this process's share of the rows that scores.jsonl lacks, with a progress bar.
+
+    Files of other processes are not looked at: they may have begun, and all must cut the work in the same way.
+    """
+    units = plan(evaluator.settings, prompt_ids, set(_read(folder / ROWS)))[rank::world]
     bar = tqdm(total=sum(map(len, units)), desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
     with (folder / f"scores-{rank}.jsonl").open("a") as file:
         for unit in units:
@@ -256,9 +282,9 @@ def _save_images(rows: Iterable[tuple[Row, Tensor]], folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{row.prompt_id}-{row.k}-{row.w:g}.png")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlg.evaluate", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m rlg.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--config", type=Path, help="YAML file with any of these options; the command line wins")
     add("--ckpt", help="checkpoint-N of a run, a PEFT folder or a diffusers LoRA file")
@@ -295,21 +321,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from rlg.config import read_yaml, run_settings
 
     parser = build_parser()
-    first = parser.parse_args(argv)
-    if first.config:
-        known = set(vars(first)) - {"config"}
-        row = read_yaml(first.config)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
+    if args.config:
+        row = read_yaml(args.config)
+        known = set(vars(args)) - {"config"}
         unknown = sorted(set(row) - known)
         if unknown:
-            raise ValueError(f"{first.config}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        parser.set_defaults(**row)
-    args = parser.parse_args(argv)
+            raise ValueError(f"{args.config}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        args = parser.parse_args([*_as_arguments(row), *argv])
     if not args.ckpt:
         raise ValueError("--ckpt is needed: a checkpoint-N folder, a PEFT folder or a diffusers LoRA file")
     for name, value in run_settings(Path(args.ckpt)).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     return args
+
+
+def _as_arguments(row: dict[str, Any]) -> Iterator[str]:
+    """A YAML row as a command line, so that types and choices are checked in one place."""
+    for name, value in row.items():
+        if value is not None and value is not False:
+            yield f"--{name}"
+            yield from map(str, [] if value is True else value if isinstance(value, list) else [value])
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -326,7 +360,7 @@ def run(args: argparse.Namespace) -> Path:
     settings = EvalSettings(
         scales=tuple(sorted({float(f"{w:g}") for w in args.scales})),
         modes=tuple(args.modes),
-        steps=args.steps or 20,
+        steps=20 if args.steps is None else args.steps,
         sampler=args.sampler or "ode",
         level=0.7 if args.level is None else args.level,
         cfg=4.5 if args.cfg is None else args.cfg,
@@ -335,7 +369,10 @@ def run(args: argparse.Namespace) -> Path:
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    prompts = prompt_sets.load(args.prompts or "tinyworld:composition/test")
+    if args.num_prompts is not None and args.num_prompts < 1:
+        raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
+    source = args.prompts or "tinyworld:composition/test"
+    prompts = prompt_sets.load(source)
     ids = prompt_sets.spread(prompts, args.num_prompts)
     trained = list(args.rewards or ["jpeg_compressibility"])
     names = list(dict.fromkeys([*trained, *(args.held_out or [])]))
@@ -343,13 +380,15 @@ def run(args: argparse.Namespace) -> Path:
     reward = rewards.build(names, device=str(state.device))
     policy = Policy.load(base, args.dtype or "float32", state.device)
     policy.load_adapter(args.ckpt)
+    evaluator = Evaluator(policy, reward, prompts, settings)
     folder = args.output or default_folder(Path(args.ckpt), settings, args)
     meta = {
         "name": Path(args.ckpt).resolve().parent.name,
         "base": base,
-        "adapter": str(args.ckpt),
+        "adapter": str(Path(args.ckpt)),
         "trained_rewards": trained,
-        "prompts": args.prompts,
+        "rewards": names,
+        "prompts": source,
         "num_prompts": len(ids),
         "dtype": args.dtype or "float32",
         **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size")},
@@ -358,10 +397,11 @@ def run(args: argparse.Namespace) -> Path:
         prepare_folder(folder, meta, args.overwrite)
         merge(folder)
     state.wait_for_everyone()
-    shown = set(prompt_sets.spread(prompts, args.images)) if args.images >= 0 else set(ids)
-    shown = shown & set(ids) or set(ids[: max(args.images, 0)])
-    evaluator = Evaluator(policy, reward, prompts, settings)
-    keep = lambda job: job.mode == RLG and job.prompt_id in shown and (job.k == 0 or args.images < 0)  # noqa: E731
+    shown = {ids[i] for i in prompt_sets.spread(ids, args.images if args.images >= 0 else None)}
+
+    def keep(job: Job) -> bool:
+        return job.mode == RLG and job.prompt_id in shown and (job.k == 0 or args.images < 0)
+
     evaluate(evaluator, folder, ids, keep, state.process_index, state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -372,13 +412,18 @@ def run(args: argparse.Namespace) -> Path:
 
 def default_folder(ckpt: Path, settings: EvalSettings, args: argparse.Namespace) -> Path:
     """runs/NAME/eval/checkpoint-N-sampler-steps-cfg-seed."""
-    ident = f"{ckpt.name}-{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
+    ident = f"{ckpt.resolve().name}-{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
     return ckpt.resolve().parent / "eval" / ident
 
 
 def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
-    """Create the folder and meta.json. Raises ValueError if it holds an evaluation under other settings."""
+    """Create the folder and meta.json.
+
+    Raises ValueError if it holds an evaluation under other settings, or something that is no evaluation.
+    """
     file = folder / META
+    if folder.exists() and any(folder.iterdir()) and not file.is_file():
+        raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
     if overwrite and file.is_file():
         for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
             old.unlink()

@@ -6,6 +6,7 @@ weights, never a copy. `predict` and `reference` have one signature, (x_BCHW, t_
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlg import adapters
@@ -48,6 +48,7 @@ class Policy:
         """
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        _check_family(base)
         pipe = load_pipeline(base, DTYPES[dtype])
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe.to(device), base)
@@ -127,23 +128,43 @@ class Policy:
 
         Raises ValueError if it is missing, damaged, pickled or made for another base.
         """
-        adapters.load(self.pipe, self.backbone.denoiser_name, path)
+        adapter = adapters.load(self.pipe, self.backbone.denoiser_name, path)
+        adapters.to_float32(self.network, adapter)
         self.trainable()
-
-    def lora_layers(self) -> list[BaseTunerLayer]:
-        """The layers that carry the adapter."""
-        return [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
 
 
 def load_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A diffusers pipeline from a folder, a hub id or a tinyworld name; safetensors only. Raises ValueError."""
+    """A diffusers pipeline of any class from a folder, a hub id or a tinyworld name; safetensors only.
+
+    Raises ValueError if it is missing, incomplete, damaged or pickled.
+    """
+    with _loading(base):
+        return DiffusionPipeline.from_pretrained(_location(base), dtype=dtype, use_safetensors=True)
+
+
+def _check_family(base: str) -> None:
+    """Refuse a folder of an unknown family before gigabytes are read."""
+    with _loading(base):
+        location = _location(base)
+        name = DiffusionPipeline.load_config(location)["_class_name"] if Path(location).is_dir() else None
+    if name is not None:
+        backbone_of(name)
+
+
+def _location(base: str) -> str:
     from rlg import tinyworld
 
-    location = str(tinyworld.path(base)) if base in tinyworld.NAMES else base
+    if base in tinyworld.NAMES:
+        return str(tinyworld.path(base))
+    if not Path(base).is_dir() and (base.count("/") != 1 or base.startswith(("/", ".", "~"))):
+        raise ValueError(f"it is no folder, no hub id (NAME/MODEL) and none of {', '.join(tinyworld.NAMES)}")
+    return base
+
+
+@contextmanager
+def _loading(base: str) -> Iterator[None]:
     try:
-        pipe = DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(f"cannot load the base model {base!r}: {first}") from error
-    backbone_of(pipe)
-    return pipe
+        yield
+    except Exception as error:  # diffusers and the hub raise whatever they meet
+        reason = textwrap.shorten(str(error), 240)
+        raise ValueError(f"cannot load the base model {base!r}: {reason}") from error

@@ -34,7 +34,7 @@ def load(source: str) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"no such prompt file: {source} (or use {_TINYWORLD}composition/test)")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: prompts may hold other separators
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error}") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -18,13 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from rlg import adapters, attach
-from rlg.cli import fail_cleanly
+from rlg.cli import Parser, fail_cleanly
 from rlg.policy import DTYPES, load_pipeline
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlg.sample", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m rlg.sample", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint-N of a run, a PEFT folder or a diffusers LoRA file")
     add("--base", help="base model (default: the one that the adapter was trained on)")

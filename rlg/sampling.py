@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,15 +35,25 @@ class SampleId:
 
 
 class SampleNoise:
-    """The noise of a batch of samples: `initial` latents, and `step` by step noise for stochastic samplers."""
+    """The noise of a batch of samples: `initial` latents, and `step` by step noise for stochastic samplers.
 
-    def __init__(self, ids: Sequence[SampleId], shape: tuple[int, int, int], device: torch.device | str = "cpu"):
+    With `same_start`, all images of a prompt start from the noise of its first (DanceGRPO's init_same_noise).
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[SampleId],
+        shape: tuple[int, int, int],
+        device: torch.device | str = "cpu",
+        same_start: bool = False,
+    ):
         self.ids, self.shape, self.device = list(ids), shape, device
+        self._starts = [replace(sample, k=0) for sample in ids] if same_start else self.ids
         self._steps = [sample.generator("steps") for sample in self.ids]
 
     def initial(self) -> Tensor:
         """x_T, (B, C, H, W) fp32."""
-        return self._draw([sample.generator("initial") for sample in self.ids])
+        return self._draw([sample.generator("initial") for sample in self._starts])
 
     def step(self) -> Tensor:
         """The next step's noise, (B, C, H, W) fp32."""

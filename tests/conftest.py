@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch and the hub's libraries are imported, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,9 +17,20 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # ti
 
 import pytest
 import torch
+from torch import Tensor
 
+from rewards import Reward, RewardMix
 from rlg.policy import Policy
+from rlg.prompts import Prompt
 from rlg.tinyworld import models
+from trainers.grpo import GRPOConfig, GRPOTrainer
+
+PROMPTS = [Prompt(text) for text in ("a red circle", "two blue crosses", "three green squares")]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest tests/test_golden.py --record-golden` writes tests/golden/ anew; see CONTRIBUTING.md, Numerics."""
+    parser.addoption("--record-golden", action="store_true", help="record the golden files instead of comparing")
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +62,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
     """A random policy of a family, with a LoRA that is not zero unless `fresh` says so."""
 
@@ -61,5 +73,53 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
             if not fresh:
                 torch.nn.init.normal_(parameter, std=0.05)
         return policy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tiny_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Folder with the adapter of `tiny_policy(family)` in both formats, made once; tests must not write to it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(family: str) -> Path:
+        if not (root / family).exists():
+            tiny_policy(family).save_adapter(root / family)
+        return root / family
+
+    return folder
+
+
+def brightness(images_B3HW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """A reward for tests: smooth, and quickly learnt by a random model."""
+    return images_B3HW.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def tiny_trainer(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., GRPOTrainer]:
+    """A GRPO trainer of a random model in fp32, 4 images an iteration unless options of its config say otherwise."""
+
+    def make(family: str = "sd3", reward: Reward = brightness, **options: Any) -> GRPOTrainer:
+        tiny = {
+            "model": str(tiny_folder(family)),
+            "name": "run",
+            "output_dir": str(tmp_path),
+            "reward": ["brightness"],
+            "prompts": "tinyworld:composition/train",
+            "dtype": "float32",
+            "lora_rank": 2,
+            "lora_alpha": 4,
+            "learning_rate": 1e-2,
+            "num_prompts": 2,
+            "num_generations": 2,
+            "per_device_batch_size": 4,
+            "num_steps": 3,
+            "guidance_scale": 1.0,
+            "ema_decay": 0.0,
+            "sample_steps": 0,
+        }
+        return GRPOTrainer(GRPOConfig(**tiny | options), RewardMix({"brightness": reward}, (1.0,)), PROMPTS, PROMPTS)
 
     return make

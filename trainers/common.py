@@ -1,4 +1,4 @@
-"""What every trainer shares and no algorithm does: configuration, run folders, checkpoints, metrics. No math in here."""
+"""What every trainer shares and no algorithm does: configuration, run folders, checkpoints, metrics. No math here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +18,15 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlg import prompts as prompt_sets
+from rlg.cli import stop
 from rlg.config import CONFIG
 from rlg.policy import Policy
 from rlg.state import load_optimizer, save_optimizer
@@ -29,6 +34,8 @@ from rlg.state import load_optimizer, save_optimizer
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 _STATE = "trainer_state"
+_COMMAND = ("resume", "overwrite", "dry_run")  # what to do, and no part of what a run is
+_MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "report_to")
 
 
 @dataclass(kw_only=True)
@@ -82,7 +89,12 @@ class TrainConfig:
             raise ValueError(f"report_to must be wandb, tensorboard or none, got {self.report_to!r}")
         if self.resume and self.overwrite:
             raise ValueError("give --resume or --overwrite, not both")
-        _require_positive(self, "max_steps", "lora_rank", "save_steps", "ema_every", "learning_rate")
+        if self.eval_steps and not self.eval_prompts:
+            raise ValueError(f"eval_steps = {self.eval_steps} needs eval_prompts, the held-out prompts to evaluate on")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
+        require_positive(self, "max_steps", "lora_rank", "lora_alpha", "save_steps", "save_total_limit", "ema_every")
+        require_positive(self, "learning_rate", "max_grad_norm", "eval_num_prompts", "resolution")
 
     @property
     def folder(self) -> Path:
@@ -90,10 +102,12 @@ class TrainConfig:
         return Path(self.output_dir) / self.name
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def require_positive(config: Any, *names: str) -> None:
+    """Raise ValueError for a field that is neither positive nor None."""
     for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
 
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
@@ -107,6 +121,7 @@ def parse_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> Conf
     if "--config" in argv[:-1] and not Path(argv[argv.index("--config") + 1]).is_file():
         raise ValueError(f"no such config: {argv[argv.index('--config') + 1]}")
     parser = TrlParser(kind, prog=Path(sys.argv[0]).name)
+    parser.error = lambda message: stop(f"{message}; see --help")  # one line, without the usage
     try:
         (config,) = parser.parse_args_and_config(argv)
     except yaml.YAMLError as error:
@@ -122,31 +137,41 @@ def dry_run(config: TrainConfig, derived: Mapping[str, Any]) -> None:
         print(f"# {name}: {value}")
 
 
-def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Create the run's folder. Raises ValueError if it exists without --resume or --overwrite."""
+def check_folder(config: TrainConfig) -> None:
+    """Raise ValueError where `prepare_folder` would; touches nothing, so that it can come before slow work."""
     folder = config.folder
-    if accelerator.is_main_process and not config.resume:
-        if folder.exists() and any(folder.iterdir()):
-            if not config.overwrite:
-                raise ValueError(f"{folder} exists; give --resume, --overwrite or another --name")
-            if not (folder / CONFIG).is_file():
-                raise ValueError(f"{folder} is no run folder (it has no {CONFIG}); it is not overwritten")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, folder)
-    if config.resume and not folder.is_dir():
-        raise ValueError(f"nothing to resume: {folder} does not exist")
+    if config.resume:
+        if not folder.is_dir():
+            raise ValueError(f"nothing to resume: {folder} does not exist")
+    elif folder.exists() and any(folder.iterdir()):
+        if not config.overwrite:
+            raise ValueError(f"{folder} exists; give --resume, --overwrite or another --name")
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{folder} is no run folder (it has no {CONFIG}); it is not overwritten")
+
+
+def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Create the run's folder, once nothing else can be refused. Raises ValueError as `check_folder`."""
+    if accelerator.is_main_process:
+        check_folder(config)
+        if not config.resume:
+            if config.folder.exists():
+                shutil.rmtree(config.folder)
+            config.folder.mkdir(parents=True)
+            write_config(config, config.folder)
     accelerator.wait_for_everyone()
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
     """config.yaml, as --config reads it again."""
-    row = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "overwrite", "dry_run")}
+    row = {k: v for k, v in dataclasses.asdict(config).items() if k not in _COMMAND}
     (folder / CONFIG).write_text(yaml.safe_dump(row, sort_keys=False))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's engine for this run."""
+    """accelerate's engine for this run. Raises ValueError for a tracker that is not installed."""
+    if config.report_to not in ("none", *map(str, get_available_trackers())):  # accelerate would drop it in silence
+        raise ValueError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
     return Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
@@ -174,7 +199,10 @@ def prepare_policy(config: TrainConfig, accelerator: Accelerator) -> tuple[Polic
 
 
 class Ema:
-    """Exponential moving average of the LoRA, warmed up as in Flow-GRPO: decay min((1 + n) / (10 + n), decay)."""
+    """Exponential moving average of the LoRA, warmed up over n optimizer steps as in Flow-GRPO (flow_grpo/ema.py):
+
+    decay_n = min((1 + n) / (10 + n), decay), on every n that `every` divides.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float, every: int):
         self.parameters = list(parameters)
@@ -186,8 +214,7 @@ class Ema:
         self.steps += 1
         if self.steps % self.every:
             return
-        n = self.steps // self.every
-        decay = min((1 + n) / (10 + n), self.decay)
+        decay = min((1 + self.steps) / (10 + self.steps), self.decay)
         for shadow, parameter in zip(self.shadow, self.parameters, strict=True):
             shadow.lerp_(parameter.detach(), 1 - decay)
 
@@ -209,11 +236,26 @@ class TrainState:
     step: int = 0
     counters: dict[str, float] = field(default_factory=dict)  # images, seconds
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the network holds the moving average, where there is one."""
+        if self.ema:
+            self.ema.swap()
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.swap()
+
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit() and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    found = [p for p in folder.glob("checkpoint-*") if _step_of(p).isdigit() and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(_step_of(p)))
+
+
+def _step_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
 
 
 def save_checkpoint(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> Path:
@@ -247,10 +289,8 @@ def _write_main(config: TrainConfig, accelerator: Accelerator, state: TrainState
     if state.ema:
         average = {str(i): s.cpu().clone() for i, s in enumerate(state.ema.shadow)}
         save_file(average, folder / _STATE / "ema.safetensors")
-        state.ema.swap()
-    state.policy.save_adapter(folder)
-    if state.ema:
-        state.ema.swap()
+    with state.averaged():
+        state.policy.save_adapter(folder)
     write_config(config, folder)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     row = {
@@ -265,11 +305,23 @@ def _write_main(config: TrainConfig, accelerator: Accelerator, state: TrainState
 
 
 def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> None:
-    """Restore the last whole checkpoint, and forget the metrics of later steps. Raises ValueError if there is none."""
+    """Restore the last whole checkpoint, and forget the metrics of later steps. Raises ValueError if there is none.
+
+    Settings are those of `config`; one that the checkpoint was made with another value of is warned of.
+    """
     found = checkpoints(config.folder)
     if not found:
         raise ValueError(f"nothing to resume: {config.folder} holds no whole checkpoint")
-    folder = found[-1]
+    _warn_of_changes(config, found[-1] / CONFIG)
+    try:
+        _restore(config, accelerator, state, found[-1])
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{found[-1]} is damaged ({error}); remove it to resume from an earlier one") from error
+    if accelerator.is_main_process:
+        _truncate_metrics(config.folder / METRICS, state.step)
+
+
+def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
     row = json.loads((folder / "state.json").read_text())
     lora = load_file(folder / _STATE / "lora.safetensors")
     parameters = state.policy.trainable()
@@ -277,9 +329,13 @@ def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> 
         raise ValueError(f"{folder} was made with another LoRA (rank or targets); resume with its {CONFIG}")
     for i, parameter in enumerate(parameters):
         parameter.data.copy_(lora[str(i)])
+    options = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     load_optimizer(state.optimizer, folder / _STATE / "optimizer.safetensors")
-    if state.ema and (folder / _STATE / "ema.safetensors").is_file():
-        average = load_file(folder / _STATE / "ema.safetensors")
+    for group, ours in zip(state.optimizer.param_groups, options, strict=True):
+        group.update(ours)  # the file brings its own learning rate
+    if state.ema:
+        file = folder / _STATE / "ema.safetensors"
+        average = load_file(file) if file.is_file() else lora
         for i, shadow in enumerate(state.ema.shadow):
             shadow.copy_(average[str(i)])
         state.ema.steps = row["ema_steps"]
@@ -289,14 +345,21 @@ def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> 
     if accelerator.scaler and row["scaler"]:
         accelerator.scaler.load_state_dict(row["scaler"])
     state.step, state.counters = row["step"], row["counters"]
-    if accelerator.is_main_process:
-        _truncate_metrics(config.folder / METRICS, state.step)
+
+
+def _warn_of_changes(config: TrainConfig, file: Path) -> None:
+    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    for name, value in dataclasses.asdict(config).items():
+        if name in before and before[name] != value and name not in _MAY_CHANGE:
+            warnings.warn(f"resuming with {name} = {value!r}; it was {before[name]!r}", stacklevel=3)
 
 
 def _truncate_metrics(path: Path, step: int) -> None:
     lines = path.read_text().splitlines() if path.is_file() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
 
 
 class Log:
@@ -327,28 +390,43 @@ class Log:
         grid(images_B3HW).save(folder / f"step-{step:06d}.png")
         (folder / f"step-{step:06d}.txt").write_text("\n".join(captions) + "\n")
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                pixels = (images_B3HW.permute(0, 2, 3, 1) * 255).byte().cpu().numpy()
-                tracker.log_images({"samples": list(pixels) if tracker.name == "wandb" else pixels}, step=step)
+            pixels = (images_B3HW.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+            if tracker.name == "wandb":
+                tracker.log_images({"samples": list(pixels)}, step=step)
+            else:
+                tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
 
 
 def grid(images_B3HW: Tensor, columns: int = 8) -> Image.Image:
-    """Images side by side."""
-    columns = min(columns, len(images_B3HW))
-    rows = len(images_B3HW) // columns
-    _, _, height, width = images_B3HW.shape
-    table = images_B3HW[: rows * columns].reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+    """Images side by side, row by row; places left over are white."""
+    count, _, height, width = images_B3HW.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    white = images_B3HW.new_ones(rows * columns - count, 3, height, width)
+    table = torch.cat([images_B3HW, white]).reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
     pixels = (table.reshape(rows * height, columns * width, 3) * 255).round().byte().cpu().numpy()
     return Image.fromarray(pixels)
 
 
 class Interruption:
-    """SIGINT and SIGTERM set `requested`: the trainer finishes its step, saves and stops. A second one kills."""
+    """Within, SIGINT and SIGTERM ask the trainer to finish its step, save and stop. A second one kills."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.requested = accelerator, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; all processes call it, as one that stops alone hangs the others."""
+        flag = torch.tensor(float(self.requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.requested:

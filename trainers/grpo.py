@@ -24,6 +24,7 @@ Deviations from the public code
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ from trainers.common import TrainConfig, TrainState
 SCALES = ("group", "batch", "none")
 KL_CONVENTIONS = ("gaussian", "flow_grpo")
 RATIOS = ("ppo", "guard")
+_MAXIMA = ("ratio_max",)  # metrics whose largest value counts; of the others it is the mean
 
 
 @dataclass(kw_only=True)
@@ -66,6 +68,7 @@ class GRPOConfig(TrainConfig):
         default=None, metadata={"help": "random stochastic steps trained (default: all)"}
     )
     skip_last_step: bool = field(default=True, metadata={"help": "never train on the last step (Flow-GRPO's 0.99)"})
+    same_initial_noise: bool = field(default=False, metadata={"help": "a group starts from one noise (DanceGRPO)"})
     guidance_scale: float = field(default=4.5, metadata={"help": "classifier-free guidance, in rollout and training"})
     epsilon: float = field(default=1e-4, metadata={"help": "clip range of the ratio"})
     beta: float = field(default=0.0, metadata={"help": "KL coefficient"})
@@ -90,11 +93,29 @@ class GRPOConfig(TrainConfig):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.num_generations < 2:
             raise ValueError(f"a group needs at least 2 images, got num_generations {self.num_generations}")
-        if self.window_size > (self.window_end or self.num_steps // 2):
-            raise ValueError(f"window_size {self.window_size} does not fit before step {self.window_end}")
+        common.require_positive(self, "num_prompts", "per_device_batch_size", "num_updates", "num_iterations")
+        common.require_positive(self, "num_steps", "noise_level", "num_train_steps", "window_end", "epsilon")
+        common.require_positive(self, "advantage_clip")
+        if self.beta < 0 or self.window_size < 0:
+            raise ValueError(f"beta and window_size must not be negative, got {self.beta} and {self.window_size}")
+        if self.window_size and not self.window_size <= self.last_window_step <= self.trained_steps:
+            raise ValueError(
+                f"a window of {self.window_size} steps must end by window_end = {self.last_window_step}, and that by "
+                f"the last step that is trained, {self.trained_steps} of {self.num_steps}"
+            )
+
+    @property
+    def last_window_step(self) -> int:
+        """Windows lie before this step; the first half is Flow-GRPO-Fast's choice."""
+        return self.window_end or self.num_steps // 2
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps before this one may be trained."""
+        return self.num_steps - self.skip_last_step
 
     def derived(self, processes: int) -> dict[str, int]:
-        """Counts that follow from the sizes. Raises ValueError, with both numbers, where one does not divide another."""
+        """Counts that follow from the sizes. Raises ValueError, with both numbers, where sizes do not divide."""
         images = self.num_prompts * self.num_generations
         batch = processes * self.per_device_batch_size
         if images % batch:
@@ -204,6 +225,11 @@ class GRPOTrainer:
         self.state = TrainState(policy, optimizer, ema)
         self.policy = policy
         self.shape = policy.latent_shape(config.resolution)
+        _, steps = self._schedule(torch.Generator())
+        if len(steps) < (config.num_train_steps or 1):
+            raise ValueError(
+                f"num_train_steps = {config.num_train_steps or 1}, but {len(steps)} steps are stochastic and trained"
+            )
         self.negative = policy.encode([""])
         self.tuned: Predictor = with_cfg(policy.predict, self.negative, config.guidance_scale)
         self.reference: Predictor = with_cfg(policy.reference, self.negative, config.guidance_scale)
@@ -211,27 +237,30 @@ class GRPOTrainer:
     def train(self) -> None:
         """Run until `max_steps`, or until interrupted; always leaves a checkpoint behind."""
         config, state, accelerator = self.config, self.state, self.accelerator
+        common.prepare_folder(config, accelerator)
         if config.resume:
             common.resume(config, accelerator, state)
-        log, interruption = common.Log(config, accelerator), common.Interruption()
+        saved = state.step if config.resume else None
+        log = common.Log(config, accelerator)
         if config.eval_steps and state.step == 0:
             log.metrics(0, self.evaluate())
         bar = tqdm(
             total=config.max_steps, initial=state.step, desc=config.name, disable=not accelerator.is_main_process
         )
-        while state.step < config.max_steps and not interruption.requested:
-            metrics = self.iteration(log)
-            if config.eval_steps and state.step % config.eval_steps == 0:
-                metrics |= self.evaluate()
-            log.metrics(state.step, metrics)
-            shown = ("reward", "kl", "clip_fraction", "seconds_per_image")
-            bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
-            bar.update()
-            if state.step % config.save_steps == 0:
+        with bar, common.Interruption(accelerator) as interruption:
+            while state.step < config.max_steps and not interruption.agreed():
+                metrics = self.iteration(log)
+                if config.eval_steps and state.step % config.eval_steps == 0:
+                    metrics |= self.evaluate()
+                log.metrics(state.step, metrics)
+                shown = ("reward", "kl", "clip_fraction", "seconds_per_image")
+                bar.set_postfix({k: f"{metrics[k]:.4g}" for k in shown if k in metrics})
+                bar.update()
+                if state.step % config.save_steps == 0:
+                    common.save_checkpoint(config, accelerator, state)
+                    saved = state.step
+            if saved != state.step:
                 common.save_checkpoint(config, accelerator, state)
-        bar.close()
-        if state.step % config.save_steps:
-            common.save_checkpoint(config, accelerator, state)
         if accelerator.is_main_process:
             print(config.folder / f"checkpoint-{state.step}")
         accelerator.end_training()
@@ -276,7 +305,7 @@ class GRPOTrainer:
             part = local[start : start + config.per_device_batch_size]
             cond = self._conditioning([p for p, _ in part])
             ids = [SampleId(config.seed * 1_000_003 + step, p, k) for p, k in part]
-            noise = SampleNoise(ids, self.shape, self.policy.device)
+            noise = SampleNoise(ids, self.shape, self.policy.device, config.same_initial_noise)
             with self.accelerator.autocast():
                 batches.append(sampling.rollout(self.tuned, schedule, cond, noise, keep_means=config.ratio == "guard"))
             conds.append(cond)
@@ -287,13 +316,11 @@ class GRPOTrainer:
         config = self.config
         window = None
         if config.window_size:
-            latest = (config.window_end or config.num_steps // 2) - config.window_size
+            latest = config.last_window_step - config.window_size
             first = int(torch.randint(latest + 1, (1,), generator=generator))
             window = (first, first + config.window_size)
         schedule = self.policy.schedule(config.num_steps, config.kernel, config.noise_level, window)
-        steps = schedule.stochastic_steps()
-        if config.skip_last_step:
-            steps = [i for i in steps if i < config.num_steps - 1]
+        steps = [i for i in schedule.stochastic_steps() if i < config.trained_steps]
         if config.num_train_steps:
             picked = torch.randperm(len(steps), generator=generator)[: config.num_train_steps].tolist()
             steps = sorted(steps[i] for i in picked)
@@ -334,6 +361,7 @@ class GRPOTrainer:
         advantages = advantage_B.split(config.per_device_batch_size)
         per_update = len(roll.batches) // config.num_updates
         accelerator.gradient_accumulation_steps = per_update * len(roll.train_steps)
+        accelerator.step = 0  # accelerate counts over its whole life: an update must begin with the iteration
         collected: list[dict[str, Tensor]] = []
         for epoch in range(config.num_iterations):
             for b in self._batch_order(len(roll.batches), epoch):
@@ -349,7 +377,11 @@ class GRPOTrainer:
                         if accelerator.sync_gradients and self.state.ema:
                             self.state.ema.update()
                     collected.append(metrics)
-        return self._mean_metrics(collected)
+        means = self._mean_metrics(collected)
+        for name in ("loss", "grad_norm"):  # a gradient scaler (fp16) skips steps whose gradients overflow
+            if not math.isfinite(means[name]) and (name == "loss" or not accelerator.scaler):
+                raise ValueError(f"{name} is {means[name]} in iteration {self.state.step}; lower the learning rate")
+        return means
 
     def _batch_order(self, count: int, epoch: int) -> Iterator[int]:
         seed = self.config.seed * 1_000_003 + self.state.step
@@ -367,45 +399,47 @@ class GRPOTrainer:
         if config.ratio == "guard":
             mean = process.mean(schedule, i, x, out)
             log_ratio_B = guard_log_ratio(log_ratio_B, mean, batch.mean_TBCHW[i], float(schedule.std[i]))
+            advantage_B = advantage_B / schedule.dt[i]  # the policy loss over dt, and not the KL
         kl_B = None
         if config.beta:
             with torch.no_grad(), self.accelerator.autocast():
                 reference = self.reference(x, t_B, roll.conds[b])
             kl_B = process.kl(schedule, i, out, reference, per_time=config.kl_convention == "flow_grpo")
-        loss, metrics = grpo_loss(log_ratio_B, advantage_B, config.epsilon, kl_B, config.beta)
-        if config.ratio == "guard":
-            loss = loss / schedule.dt[i]
-        return loss, metrics
+        return grpo_loss(log_ratio_B, advantage_B, config.epsilon, kl_B, config.beta)
 
     def _mean_metrics(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         names = sorted({name for row in rows for name in row})
-        means = torch.stack([torch.stack([row[n] for row in rows if n in row]).float().mean() for n in names])
-        reduced = self.accelerator.reduce(means.to(self.accelerator.device), "mean")
-        return dict(zip(names, reduced.tolist(), strict=True))
+        columns = [torch.stack([row[n] for row in rows if n in row]).float() for n in names]
+        local = torch.stack([c.max() if n in _MAXIMA else c.mean() for n, c in zip(names, columns, strict=True)])
+        values = self.accelerator.gather(local[None].to(self.accelerator.device))  # (process, metric)
+        reduced = [v.max() if n in _MAXIMA else v.mean() for n, v in zip(names, values.T, strict=True)]
+        return dict(zip(names, map(float, reduced), strict=True))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean rewards on held-out prompts, one image each, with the moving average if there is one."""
+        """Mean rewards on held-out prompts, one image each, with the moving average if there is one.
+
+        All processes make the same number of images, the last one again where they do not divide: a forward pass may
+        be a collective operation, and one more of it on one process would wait forever.
+        """
         config, accelerator = self.config, self.accelerator
-        if self.state.ema:
-            self.state.ema.swap()
         schedule = self.policy.schedule(config.num_steps, config.kernel, config.noise_level)
-        chosen = spread(self.eval_prompts, config.eval_num_prompts)[
-            accelerator.process_index :: accelerator.num_processes
-        ]
-        sums: dict[str, float] = {}
-        for start in range(0, len(chosen), config.per_device_batch_size):
-            ids = chosen[start : start + config.per_device_batch_size]
-            prompts = [self.eval_prompts[i] for i in ids]
-            noise = SampleNoise([SampleId(config.seed, i, 0) for i in ids], self.shape, self.policy.device)
-            with accelerator.autocast():
-                latents = sampling.sample(self.tuned, schedule, self.policy.encode([p.text for p in prompts]), noise)
-            images = self.policy.decode(latents)
-            for mix in filter(None, (self.reward, self.held_out)):
-                parts = mix(images, [p.text for p in prompts], [p.metadata for p in prompts]).parts
-                sums |= {name: sums.get(name, 0.0) + float(part.sum()) for name, part in parts.items()}
-        if self.state.ema:
-            self.state.ema.swap()
-        totals = torch.tensor([len(chosen), *sums.values()], dtype=torch.float32, device=accelerator.device)
-        totals = accelerator.reduce(totals, "sum").tolist()
-        return {f"eval/{name}": value / totals[0] for name, value in zip(sums, totals[1:], strict=True)}
+        chosen = spread(self.eval_prompts, config.eval_num_prompts)
+        share = -(-len(chosen) // accelerator.num_processes)
+        places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        local = [chosen[min(place, len(chosen) - 1)] for place in places]
+        batches = [local[i : i + config.per_device_batch_size] for i in range(0, share, config.per_device_batch_size)]
+        with self.state.averaged():
+            parts = [self._evaluate_batch(schedule, batch) for batch in batches]
+        columns = {name: torch.cat([part[name] for part in parts]).to(accelerator.device) for name in parts[0]}
+        return {f"eval/{n}": float(accelerator.gather(c)[: len(chosen)].mean()) for n, c in columns.items()}
+
+    def _evaluate_batch(self, schedule: Schedule, ids: Sequence[int]) -> dict[str, Tensor]:
+        prompts = [self.eval_prompts[i] for i in ids]
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        noise = SampleNoise([SampleId(self.config.seed, i, 0) for i in ids], self.shape, self.policy.device)
+        with self.accelerator.autocast():
+            latents = sampling.sample(self.tuned, schedule, self.policy.encode(texts), noise)
+        images = self.policy.decode(latents, self.config.per_device_batch_size)
+        mixes = filter(None, (self.reward, self.held_out))
+        return {name: part for mix in mixes for name, part in mix(images, texts, metadata).parts.items()}

@@ -13,9 +13,15 @@ from rlg.backbones.sd import UNET_LORA_TARGETS
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    """Hidden states, pooled embedding and time ids (original size = target size, no crop)."""
+    """Hidden states, pooled embedding and time ids (original size = target size, no crop).
+
+    The empty prompt is zeros where the pipeline's config says so, as in its own classifier-free guidance.
+    """
     device = pipe.text_encoder.device
     embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+    if pipe.config.force_zeros_for_empty_prompt:
+        empty_B = torch.tensor([not prompt for prompt in prompts], device=device)
+        embeds, pooled = embeds.masked_fill(empty_B[:, None, None], 0), pooled.masked_fill(empty_B[:, None], 0)
     side = pipe.default_sample_size * pipe.vae_scale_factor
     time_ids = torch.tensor([side, side, 0, 0, side, side], dtype=pooled.dtype, device=pooled.device)
     return Conditioning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 NAMES = ("tiny-sd", "tiny-sd3", "tiny-sdxl")
@@ -21,7 +22,7 @@ def path(name: str) -> Path:
 
 
 def _random_sdxl() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlg" / "tiny-sdxl-1"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlg" / "tiny-sdxl-1"
     if not (cache / "model_index.json").is_file():
         import torch
 
@@ -32,6 +33,8 @@ def _random_sdxl() -> Path:
             pipe = build("sdxl")
         temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
         save(pipe, temporary)
-        if not cache.exists():
+        try:
             temporary.rename(cache)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
     return cache

@@ -237,8 +237,8 @@ def train_denoiser(
 
 
 DEFAULTS = {
-    "sd3": Budget(vae_steps=1500, vae_batch=32, steps=20_000, batch=64, scenes=60_000, lr=1e-3),
-    "sd": Budget(vae_steps=1500, vae_batch=32, steps=10_000, batch=64, scenes=60_000, lr=1e-3),
+    "sd3": Budget(vae_steps=1200, vae_batch=32, steps=4800, batch=64, scenes=60_000, lr=1e-3),
+    "sd": Budget(vae_steps=1200, vae_batch=32, steps=2600, batch=64, scenes=60_000, lr=1e-3),
 }
 
 
@@ -277,7 +277,9 @@ def run(args: argparse.Namespace) -> None:
     train_vae(pipe.vae, state / "vae", budget, args.seed, args.device, args.bf16)
     pipe.vae.requires_grad_(False).eval()
     data = cached_latents(pipe, state / "latents.safetensors", budget, args.seed, args.device, args.bf16)
+    components = dict(pipe.components)
     train_denoiser(pipe, data, state / "denoiser", budget, args.seed, args.device, args.bf16)
+    pipe.register_modules(**{n: c for n, c in components.items() if c is not pipe.components[n]})  # what prepare took off
     models.save(pipe, args.output)
     print(f"saved {args.output}")
 

@@ -1,0 +1,96 @@
+"""Prompt sources: their order, their metadata, and a clear refusal of what can't be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rlg import prompts
+from rlg.prompts import Prompt
+
+
+def test_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\n  two blue crosses  \r\na café\n", encoding="utf-8")
+    assert prompts.load(str(file)) == [Prompt("a red circle"), Prompt("two blue crosses"), Prompt("a café")]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_lines_keep_their_metadata(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"metadata.{suffix}"
+    rows = [
+        {"prompt": "a bench", "tag": "single_object", "include": [{"class": "bench", "count": 1}]},
+        {"prompt": "x"},
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    first, second = prompts.load(str(file))
+    assert first == Prompt("a bench", {"tag": "single_object", "include": [{"class": "bench", "count": 1}]})
+    assert second == Prompt("x", {})
+
+
+def test_marks_and_separators_of_other_editors(tmp_path: Path) -> None:
+    """A byte order mark is no part of a prompt, and a prompt may hold Unicode's line separator."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\ufeff" + json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False), encoding="utf-8")
+    assert prompts.load(str(file)) == [Prompt("one\u2028two")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "{file} holds no prompts"),
+        ("blank.txt", b"\n   \n\t\n", "{file} holds no prompts"),
+        ("empty.jsonl", b"\n", "{file} holds no prompts"),
+        ("latin.txt", "a caf\u00e9".encode("latin-1"), "{file} is not UTF-8 text"),
+        ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "{file}:2: not JSON"),
+        ("bad.jsonl", b'{"prompt": "a"}\n\n["b"]\n', "{file}:3: a row needs a text under `prompt`"),
+        ("bad.jsonl", b'{"text": "a"}\n', "{file}:1: a row needs a text under `prompt`"),
+        ("bad.jsonl", b'{"prompt": 3}\n', "{file}:1: a row needs a text under `prompt`"),
+    ],
+)
+def test_unreadable_files_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message.format(file=file))):
+        prompts.load(str(file))
+
+
+@pytest.mark.parametrize("source", ["nowhere.txt", "tests", ""])
+def test_missing_files_are_refused(source: str) -> None:
+    with pytest.raises(ValueError, match=f"no such prompt file: {source}"):
+        prompts.load(source)
+
+
+@pytest.mark.parametrize("name", ["composition", "composition/val", "shapes/train", "", "text/", "all/test/x"])
+def test_unknown_tinyworld_sets_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown prompt set tinyworld:{name}; known: composition, text or all"):
+        prompts.load(f"tinyworld:{name}")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_tinyworld_sets(split: str) -> None:
+    shapes, signs, both = (prompts.load(f"tinyworld:{kind}/{split}") for kind in ("composition", "text", "all"))
+    assert both == shapes + signs
+    assert {p.metadata["tag"] for p in signs} == {"text"}
+    assert len(signs) == len({p.text for p in signs}) == 256
+    assert "text" not in {p.metadata["tag"] for p in shapes}
+    assert prompts.load(f"tinyworld:all/{split}") == both  # an index into a set names the same prompt in every run
+
+
+def test_spread_is_even_ordered_and_keeps_the_shares() -> None:
+    rows = [Prompt(str(i), {"tag": tag}) for i, tag in enumerate(["a"] * 60 + ["b"] * 30 + ["c"] * 10)]
+    for count in (1, 7, 10, 50, 99, 100):
+        chosen = prompts.spread(rows, count)
+        assert len(set(chosen)) == count
+        assert chosen == sorted(chosen)
+        assert all(0 <= i < 100 for i in chosen)
+    assert Counter(rows[i].metadata["tag"] for i in prompts.spread(rows, 10)) == {"a": 6, "b": 3, "c": 1}
+
+
+@pytest.mark.parametrize("count", [None, 5, 6, 1000])
+def test_spread_of_all(count: int | None) -> None:
+    assert prompts.spread([Prompt("x")] * 5, count) == [0, 1, 2, 3, 4]
