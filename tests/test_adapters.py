@@ -355,18 +355,26 @@ def test_a_pickle_beside_the_adapter_is_not_read(
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.parametrize("trapped", [True, False], ids=["trapped", "sound"])
 @pytest.mark.parametrize(
-    "weights",
-    ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model:text_encoder/pytorch_model"],
+    ("safe", "pickled"),
+    [
+        ("unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model"),
+        ("text_encoder/model", "text_encoder/pytorch_model"),
+    ],
 )
-def test_a_base_model_in_pickles_is_refused_unread(
-    weights: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+def test_a_base_model_in_pickles_is_refused(
+    safe: str, pickled: str, trapped: bool, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """Also where the pickle holds nothing but the right weights."""
     folder = tmp_path / "theirs"
     shutil.copytree(tiny_folder("sd"), folder)
-    safe, _, pickled = weights.partition(":")
+    weights = load_file(folder / f"{safe}.safetensors")
     (folder / f"{safe}.safetensors").unlink()
-    (folder / f"{pickled or safe}.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    if trapped:
+        (folder / f"{pickled}.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    else:
+        torch.save(weights, folder / f"{pickled}.bin")
     with pytest.raises(ValueError, match="cannot load the base model") as error:
         Policy.load(str(folder))
     assert str(folder) in str(error.value)
