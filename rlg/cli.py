@@ -31,5 +31,5 @@ def fail_cleanly() -> Iterator[None]:
     except (ValueError, OSError) as error:
         stop(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on where it was (training: with --resume)", file=sys.stderr)
         raise SystemExit(130) from None

@@ -9,7 +9,6 @@ slider: images, readouts, table rows, cursors in the curves. The numbers come fr
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -29,7 +28,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlg.cli import fail_cleanly
+from rlg.cli import Parser, fail_cleanly
 from rlg.stats import Row, read_rows, summarise
 
 MODE_NAMES = {"rlg": "guided (RLG)", "lora_scale": "LoRA × w", "tuned_2x_steps": "tuned, 2× steps"}
@@ -310,7 +309,7 @@ def _render(runs: Sequence[Run], tiles: Sequence[Tile], svg: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; prints the page's path."""
-    parser = argparse.ArgumentParser(prog="python -m rlg.report", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m rlg.report", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="EVAL_DIR", help="holds scores.jsonl and meta.json")
     parser.add_argument("--output", type=Path, help="where to write (default: EVAL_DIR, or `report` beside the first)")
     options = parser.parse_args(arguments)

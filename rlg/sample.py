@@ -20,6 +20,7 @@ from tqdm import tqdm
 from rlg import adapters, attach
 from rlg.cli import Parser, fail_cleanly
 from rlg.policy import DTYPES, load_pipeline
+from rlg.sampling import SampleId
 
 
 def build_parser() -> Parser:
@@ -44,10 +45,11 @@ def build_parser() -> Parser:
 def columns(pipe: Any, guide: attach.Guide, args: argparse.Namespace) -> list[list[Image.Image]]:
     """Images by scale; each list holds the images of all prompts in order."""
     prompts = [text for text in args.prompt for _ in range(args.k)]
+    ids = [SampleId(args.seed, prompt, k) for prompt in range(len(args.prompt)) for k in range(args.k)]
     result = []
     for w in tqdm(args.scales, desc="w", disable=None):
         guide.scale = w
-        generators = [torch.Generator().manual_seed(args.seed * 1000 + i) for i in range(len(prompts))]
+        generators = [sample.generator("initial") for sample in ids]
         options = {"num_inference_steps": args.steps, "guidance_scale": args.cfg, "generator": generators}
         result.append(pipe(prompts, **options).images)
     return result

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from rlg import process
 from rlg.backbones import backbone_of
-from rlg.cli import fail_cleanly
+from rlg.cli import Parser, fail_cleanly
 from rlg.state import load_optimizer, save_optimizer
 from rlg.tinyworld import models, scenes
 
@@ -244,7 +244,7 @@ DEFAULTS = {
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlg.tinyworld.pretrain", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m rlg.tinyworld.pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=sorted(DEFAULTS), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder of the pipeline; state is kept beside it")
     parser.add_argument("--seed", type=int, default=0)

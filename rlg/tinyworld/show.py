@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlg import sampling, stats
-from rlg.cli import fail_cleanly
+from rlg.cli import Parser, fail_cleanly
 from rlg.guidance import with_cfg
 from rlg.policy import Policy
 from rlg.prompts import Prompt, spread
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m rlg.tinyworld.show", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m rlg.tinyworld.show", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="tiny-sd3", help=f"{', '.join(NAMES)}, or a folder that the pretraining wrote")
     add("--cfg", type=float, default=1.0, help="classifier-free guidance scale; 1 is off")
