@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,18 +264,19 @@ def test_rollouts_are_a_function_of_seed_and_iteration(tiny_trainer: Make) -> No
 
 
 def test_images_belong_to_their_prompts_and_noise(tiny_trainer: Make) -> None:
-    """A row of the rollout, made again alone."""
+    """Every (prompt, k) is drawn once, and an image is what its prompt and its noise give alone."""
     trainer = tiny_trainer("sd3")
     roll = trainer.rollout()
-    prompt = int(roll.prompt_B[2])
-    k = roll.prompt_B.tolist()[:2].count(prompt)
-    schedule, cond = roll.schedule, trainer.policy.encode([trainer.prompts[prompt].text])
-    found = []
-    for k in range(2):
-        noise = SampleNoise([SampleId(trainer.config.seed * 1_000_003, prompt, k)], trainer.shape)
-        found.append(sampling.sample(trainer.tuned, schedule, cond, noise)[0])
-    gaps = [float((latent - roll.batches[0].x0[2]).abs().max()) for latent in found]
-    assert min(gaps) < 1e-4 < 0.1 < max(gaps)
+    drawn = []
+    for i, prompt in enumerate(roll.prompt_B.tolist()):
+        seeds = [SampleId(trainer.config.seed * 1_000_003, prompt, k) for k in range(2)]
+        starts = SampleNoise(seeds, trainer.shape).initial()
+        (k,) = [k for k in range(2) if torch.equal(starts[k], roll.batches[0].x_TBCHW[0, i])]
+        drawn.append((prompt, k))
+        cond = trainer.policy.encode([trainer.prompts[prompt].text])
+        alone = sampling.sample(trainer.tuned, roll.schedule, cond, SampleNoise([seeds[k]], trainer.shape))
+        torch.testing.assert_close(roll.batches[0].x0[i], alone[0], rtol=0, atol=1e-3)
+    assert sorted(drawn) == [(p, k) for p in sorted(set(roll.prompt_B.tolist())) for k in range(2)] and len(drawn) == 4
 
 
 def scored(trainer: GRPOTrainer, aggregation: str) -> Tensor:
@@ -314,6 +316,21 @@ def test_evaluation_uses_the_average_and_puts_the_parameters_back(tiny_trainer: 
     assert abs(elsewhere["eval/brightness"] - at_average["eval/brightness"]) > 1e-4
     trainer.config.per_device_batch_size = 4  # three prompts: one batch instead of two
     assert trainer.evaluate() == pytest.approx(elsewhere, abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_process_evaluates_as_many_batches(processes: int, tiny_trainer: Make) -> None:
+    """Three prompts over two processes, and over more than there are prompts: no process may wait for another."""
+    trainer = tiny_trainer("sd3", eval_steps=1, eval_prompts="-", per_device_batch_size=1)
+    whole, columns, made, inner = trainer.evaluate(), [], [], trainer._evaluate_batch
+    for rank in range(processes):
+        fake = SimpleNamespace(process_index=rank, num_processes=processes, device="cpu", autocast=nullcontext)
+        fake.gather = lambda column: columns.append(column) or column
+        trainer.accelerator = fake
+        trainer._evaluate_batch = spy(inner, lambda *_, rank=rank: made.append(rank))
+        trainer.evaluate()
+    assert made == [rank for rank in range(processes) for _ in range(-(-3 // processes))]
+    assert float(torch.cat(columns)[:3].mean()) == pytest.approx(whole["eval/brightness"], abs=1e-6)
 
 
 @pytest.mark.parametrize("broken", ["nan", "raises"])
