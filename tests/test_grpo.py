@@ -128,7 +128,7 @@ def test_guard_divides_the_policy_loss_by_dt_and_not_the_kl(tiny_trainer: Make) 
     move(trainer)
     i = roll.train_steps[0]
     x, dt, std = roll.batches[0].x_TBCHW[i], float(roll.schedule.dt[i]), float(roll.schedule.std[i])
-    out = trainer.tuned(x, sampling.times(roll.schedule, i, len(x)), roll.conds[0])
+    out = trainer.tuned(x, sampling.times(roll.schedule, i, len(x)), roll.conds[0]).detach()
     shift = process.mean(roll.schedule, i, x, out) - roll.batches[0].mean_TBCHW[i]
     noise = (roll.batches[0].x_TBCHW[i + 1] - roll.batches[0].mean_TBCHW[i]) / std
     ratio = (noise * shift).mean(dim=(1, 2, 3)).exp()  # see guard_log_ratio's test, times std
