@@ -79,8 +79,9 @@ def process_from_config(config: Mapping[str, Any]) -> Process:
     """
     if _is_flow(config):
         sigma = torch.arange(1, 1001, dtype=torch.float64) / 1000
-        logit = torch.logit(sigma.clamp(max=1 - 5e-4))
-        density = torch.exp(-0.5 * logit**2) / (sigma * (1 - sigma).clamp(min=5e-4))  # logit-normal(0, 1), SD3
+        logit = torch.logit(sigma.clamp(max=1 - 5e-4)) - math.log(config.get("shift") or 1.0)
+        # logit-normal(0, 1) and then the scheduler's shift, which moves a logit by log(shift): SD3's own training
+        density = torch.exp(-0.5 * logit**2) / (sigma * (1 - sigma).clamp(min=5e-4))
         ones = torch.ones_like(sigma)
         rows = (1000 * sigma, 1 - sigma, sigma, -ones, ones, density / density.sum())
     else:
@@ -229,6 +230,13 @@ def noise(process: Process, rows_B: Tensor, x0_BCHW: Tensor, noise_BCHW: Tensor)
     return x_t, at(process.out_x0) * x0 + at(process.out_noise) * eps
 
 
+def clean(process: Process, rows_B: Tensor, x_BCHW: Tensor, out_BCHW: Tensor) -> Tensor:
+    """The network's estimate of x0 at the given rows, (B, C, H, W) fp32: the inverse of `noise`."""
+    tables = (process.alpha, process.sigma, process.out_x0, process.out_noise)
+    x0_x, x0_out, _, _ = _solve(*(table[rows_B.cpu()].double() for table in tables))
+    return _column(x0_x.float(), x_BCHW) * x_BCHW.float() + _column(x0_out.float(), x_BCHW) * out_BCHW.float()
+
+
 def mean(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor) -> Tensor:
     """Mean of the kernel of step i, (B, C, H, W) fp32."""
     return schedule.a_x[i] * x_BCHW.float() + schedule.a_out[i] * out_BCHW.float()
@@ -257,6 +265,22 @@ def log_prob(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor, x_nex
     std = _positive_std(schedule, i)
     error = x_next_BCHW.detach().float() - mean(schedule, i, x_BCHW, out_BCHW)
     return _mean_d(-(error**2) / (2 * std**2)) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def log_prob_at(
+    schedule: Schedule, step_B: Tensor, x_BCHW: Tensor, out_BCHW: Tensor, x_next_BCHW: Tensor
+) -> Tensor:
+    """(B,) as `log_prob`, with a step of its own for each sample: step_B are their indices, on the schedule's device.
+
+    Raises ValueError where one of the steps is deterministic.
+    """
+    std_B = schedule.std[step_B]
+    if not bool((std_B > 0).all()):
+        raise ValueError(f"step {int(step_B[std_B <= 0][0])} is deterministic: it has no density")
+    x, out = x_BCHW.float(), out_BCHW.float()
+    means = _column(schedule.a_x[step_B], x) * x + _column(schedule.a_out[step_B], x) * out
+    error = (x_next_BCHW.detach().float() - means) / _column(std_B, x)
+    return -0.5 * _mean_d(error**2) - std_B.log() - 0.5 * math.log(2 * math.pi)
 
 
 def kl(schedule: Schedule, i: int, out_BCHW: Tensor, reference_BCHW: Tensor, per_time: bool = False) -> Tensor:

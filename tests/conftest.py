@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.tinyworld import models
 from trainers.grpo import GRPOConfig, GRPOTrainer
+from trainers.nft import NFTConfig, NFTTrainer
+from trainers.online import OnlineTrainer
 
+ONLINE = {"grpo": (GRPOConfig, GRPOTrainer), "nft": (NFTConfig, NFTTrainer)}
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue crosses", "three green squares")]
 
 
@@ -98,10 +102,10 @@ def brightness(images_B3HW: Tensor, prompts: list[str], metadata: list[dict]) ->
 
 
 @pytest.fixture
-def tiny_trainer(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., GRPOTrainer]:
-    """A GRPO trainer of a random model in fp32, 4 images an iteration unless options of its config say otherwise."""
+def tiny_online(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., OnlineTrainer]:
+    """An online trainer of a random model in fp32, 4 images an iteration unless options say otherwise."""
 
-    def make(family: str = "sd3", reward: Reward = brightness, **options: Any) -> GRPOTrainer:
+    def make(algorithm: str, family: str = "sd3", reward: Reward = brightness, **options: Any) -> OnlineTrainer:
         tiny = {
             "model": str(tiny_folder(family)),
             "name": "run",
@@ -120,6 +124,14 @@ def tiny_trainer(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable
             "ema_decay": 0.0,
             "sample_steps": 0,
         }
-        return GRPOTrainer(GRPOConfig(**tiny | options), RewardMix({"brightness": reward}, (1.0,)), PROMPTS, PROMPTS)
+        config_type, trainer_type = ONLINE[algorithm]
+        mix = RewardMix({"brightness": reward}, (1.0,))
+        return trainer_type(config_type(**tiny | options), mix, PROMPTS, PROMPTS)
 
     return make
+
+
+@pytest.fixture
+def tiny_trainer(tiny_online: Callable[..., OnlineTrainer]) -> Callable[..., GRPOTrainer]:
+    """A GRPO trainer of a random model; see `tiny_online`."""
+    return partial(tiny_online, "grpo")

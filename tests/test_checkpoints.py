@@ -19,6 +19,7 @@ from rlg import adapters
 from rlg.config import run_settings
 from rlg.policy import Policy
 from trainers import common
+from trainers.checkpoint import checkpoints, resume, save_checkpoint
 from trainers.grpo import GRPOConfig, GRPOTrainer
 
 Make = Callable[..., GRPOTrainer]
@@ -47,7 +48,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def saved(trainer: GRPOTrainer, step: int) -> Path:
     """A checkpoint of the trainer as it is, called `step`."""
     trainer.state.step = step
-    return common.save_checkpoint(trainer.config, trainer.accelerator, trainer.state)
+    return save_checkpoint(trainer.config, trainer.accelerator, trainer.state)
 
 
 def started(make: Make, **options: Any) -> GRPOTrainer:
@@ -122,10 +123,14 @@ def test_older_checkpoints_make_room(tiny_trainer: Make, tmp_path: Path) -> None
     trainer = started(tiny_trainer, save_total_limit=2)
     for step in (8, 9, 10):
         saved(trainer, step)
-    assert [p.name for p in common.checkpoints(tmp_path / "run")] == ["checkpoint-9", "checkpoint-10"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-9", "checkpoint-10"]
     trainer.config.save_total_limit = None
     saved(trainer, 11)
-    assert [p.name for p in common.checkpoints(tmp_path / "run")] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-11",
+    ]
 
 
 def test_only_whole_checkpoints_count(tiny_trainer: Make, tmp_path: Path) -> None:
@@ -135,9 +140,9 @@ def test_only_whole_checkpoints_count(tiny_trainer: Make, tmp_path: Path) -> Non
     (tmp_path / "run" / "checkpoint-4" / "adapter").mkdir(parents=True)  # copied in part
     (tmp_path / "run" / "checkpoint-5-mine").mkdir()
     (tmp_path / "run" / "checkpoint-5-mine" / "state.json").write_text("{}")
-    assert common.checkpoints(tmp_path / "run") == [whole]
+    assert checkpoints(tmp_path / "run") == [whole]
     again = tiny_trainer("sd3", resume=True)
-    common.resume(again.config, again.accelerator, again.state)
+    resume(again.config, again.accelerator, again.state)
     assert again.state.step == 1
 
 
@@ -150,11 +155,11 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     def full(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(common, "save_optimizer", full)
+    monkeypatch.setattr("trainers.checkpoint.save_optimizer", full)
     for step in (1, 2):  # also where it would be replaced
         with pytest.raises(OSError, match="no space left"):
             saved(trainer, step)
-        assert [p.name for p in common.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+        assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
         assert files_of(tmp_path / "run" / "checkpoint-1") == before
 
 
@@ -166,10 +171,10 @@ def test_a_damaged_checkpoint_is_named(name: str, tiny_trainer: Make) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     again = tiny_trainer("sd3", resume=True)
     with pytest.raises(ValueError, match=r"checkpoint-1 is damaged .* remove it to resume from an earlier one"):
-        common.resume(again.config, again.accelerator, again.state)
+        resume(again.config, again.accelerator, again.state)
     file.unlink()
     with pytest.raises(ValueError, match="checkpoint-1 is damaged"):
-        common.resume(again.config, again.accelerator, again.state)
+        resume(again.config, again.accelerator, again.state)
 
 
 def test_a_checkpoint_of_another_lora_is_refused(tiny_trainer: Make) -> None:
@@ -177,14 +182,14 @@ def test_a_checkpoint_of_another_lora_is_refused(tiny_trainer: Make) -> None:
     again = tiny_trainer("sd3", resume=True, lora_rank=3)
     warned = pytest.warns(UserWarning, match="lora_rank = 3; it was 2")
     with warned, pytest.raises(ValueError, match="made with another LoRA"):
-        common.resume(again.config, again.accelerator, again.state)
+        resume(again.config, again.accelerator, again.state)
 
 
 def test_changed_settings_hold_and_are_warned_of(tiny_trainer: Make, tmp_path: Path) -> None:
     tiny_trainer("sd3", max_steps=1).train()
     again = tiny_trainer("sd3", resume=True, max_steps=2, learning_rate=0.125, ema_decay=0.9)
     with pytest.warns(UserWarning) as warned:
-        common.resume(again.config, again.accelerator, again.state)
+        resume(again.config, again.accelerator, again.state)
     messages = {str(w.message) for w in warned if "resuming" in str(w.message)}
     assert messages == {
         "resuming with learning_rate = 0.125; it was 0.01",
@@ -202,7 +207,7 @@ def test_metrics_of_steps_that_are_not_in_the_checkpoint_are_forgotten(tiny_trai
     file = tmp_path / "run" / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": i, "reward": 0.5}) + "\n" for i in range(5)) + '{"step": 5, "rew')
     again = tiny_trainer("sd3", resume=True)
-    common.resume(again.config, again.accelerator, again.state)
+    resume(again.config, again.accelerator, again.state)
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2]
 
 
@@ -257,7 +262,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(tiny_trainer: Make, 
     trainer = tiny_trainer("sd3", reward=reward, max_steps=5, save_steps=50)
     trainer.train()
     assert trainer.state.step == 2 and len(metrics_of(tmp_path / "run")) == 2
-    assert [p.name for p in common.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
@@ -276,7 +281,7 @@ def test_lora_stays_in_float32_over_a_half_precision_base(tiny_trainer: Make, tm
     trainer = tiny_trainer("sd3", dtype="bfloat16", max_steps=1)
     trainer.train()
     again = tiny_trainer("sd3", dtype="bfloat16", resume=True)
-    common.resume(again.config, again.accelerator, again.state)
+    resume(again.config, again.accelerator, again.state)
     for policy in (trainer.policy, again.policy):
         dtypes = {("lora_" in name, p.dtype) for name, p in policy.network.named_parameters()}
         assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}

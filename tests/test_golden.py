@@ -1,4 +1,4 @@
-"""Ten steps of GRPO on a random model, against recorded losses and gradient norms: has the arithmetic changed?
+"""Ten steps of a trainer on a random model, against recorded losses and gradient norms: has the arithmetic changed?
 
     pytest tests/test_golden.py --record-golden        writes tests/golden/ anew; only for a reason (CONTRIBUTING.md)
 
@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainers.grpo import GRPOTrainer
+from trainers.online import OnlineTrainer
 
 FOLDER = Path(__file__).parent / "golden"
 RECORDED = ("loss", "grad_norm", "kl")
-SETTINGS = {"beta": 1.0, "learning_rate": 3e-3, "adam_epsilon": 1e-4}
+SETTINGS = {
+    "grpo": {"beta": 1.0},
+    "nft": {"kl_coef": 0.1, "num_train_steps": 2, "old_decay_rate": 0.1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +35,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
-def test_ten_steps(kind: str, tiny_trainer: Callable[..., GRPOTrainer], request: pytest.FixtureRequest) -> None:
-    trainer = tiny_trainer(kind, **SETTINGS)
+@pytest.mark.parametrize("algorithm", SETTINGS)
+def test_ten_steps(
+    algorithm: str, kind: str, tiny_online: Callable[..., OnlineTrainer], request: pytest.FixtureRequest
+) -> None:
+    trainer = tiny_online(algorithm, kind, learning_rate=3e-3, adam_epsilon=1e-4, **SETTINGS[algorithm])
     rows = [trainer.iteration() for _ in range(10)]
     found = {name: [float(f"{row[name]:.6g}") for row in rows] for name in RECORDED}
-    file = FOLDER / f"grpo_{kind}.json"
+    file = FOLDER / f"{algorithm}_{kind}.json"
     if request.config.getoption("record_golden"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")

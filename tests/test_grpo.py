@@ -17,7 +17,7 @@ from torch import Tensor
 from rewards import RewardError, RewardMix
 from rlg import process, sampling
 from rlg.sampling import SampleId, SampleNoise
-from trainers.common import checkpoints
+from trainers.checkpoint import checkpoints
 from trainers.grpo import GRPOTrainer, Rollout
 
 Make = Callable[..., GRPOTrainer]

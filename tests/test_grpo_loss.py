@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainers.common import Ema
-from trainers.grpo import GRPOConfig, group_advantages, grpo_loss, guard_log_ratio
+from trainers.checkpoint import Ema
+from trainers.grpo import GRPOConfig, grpo_loss, guard_log_ratio
+from trainers.online import group_advantages
 
 REWARD = torch.tensor([1.0, 3.0, 2.0, 6.0], dtype=torch.float64)
 GROUP = torch.tensor([7, 7, 9, 9])

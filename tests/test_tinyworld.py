@@ -64,7 +64,7 @@ def test_pretraining_sees_no_test_prompt() -> None:
     assert not test & {p.text for p in drawn}
     tags = Counter(p.metadata["tag"] for p in drawn)
     assert set(tags) == {*COUNTS, "text"}
-    assert 0.22 < tags["text"] / 4000 < 0.28
+    assert 0.17 < tags["text"] / 4000 < 0.23
     signs = [p.metadata["text"] for p in drawn if p.metadata["tag"] == "text"]
     assert not any(map(scenes.is_test_sign, signs))
     assert {len(text) for text in signs} == {2, 3, 4}
@@ -229,5 +229,5 @@ def test_the_shipped_models_show_what_they_are_told(name: str) -> None:
     reward = rewards.build(["composition_strict"])
     told = float(reward(images, texts, metadata).total_B.mean())
     mixed_up = float(reward(images, texts[::-1], metadata[::-1]).total_B.mean())
-    assert told >= 0.2
+    assert told >= 0.4
     assert mixed_up <= 0.1

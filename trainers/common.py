@@ -8,9 +8,7 @@ import os
 import shutil
 import signal
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,21 +19,16 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlg import prompts as prompt_sets
 from rlg.cli import stop
 from rlg.config import CONFIG
 from rlg.policy import Policy
-from rlg.state import load_optimizer, save_optimizer
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
-_STATE = "trainer_state"
 _COMMAND = ("resume", "overwrite", "dry_run")  # what to do, and no part of what a run is
-_MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "report_to")
 
 
 @dataclass(kw_only=True)
@@ -46,10 +39,9 @@ class TrainConfig:
     name: str = field(metadata={"help": "name of the run: its folder is output_dir/name"})
     output_dir: str = field(default="runs", metadata={"help": "where run folders go"})
     seed: int = field(default=42, metadata={"help": "decides prompts, noise and initial weights"})
-    reward: list[str] = field(metadata={"help": "rewards to train on"})
+    reward: list[str] = field(default_factory=list, metadata={"help": "rewards to evaluate"})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "their weights (default: 1 each)"})
     held_out_reward: list[str] = field(default_factory=list, metadata={"help": "rewards to evaluate but not train on"})
-    prompts: str = field(metadata={"help": "training prompts: tinyworld:composition/train, a .txt or a .jsonl file"})
     eval_prompts: str | None = field(default=None, metadata={"help": "held-out prompts (default: none)"})
     resolution: int | None = field(default=None, metadata={"help": "image side in pixels (default: the model's own)"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the frozen base: float32, bfloat16 or float16"})
@@ -59,6 +51,9 @@ class TrainConfig:
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "modules (default: the family's attention)"}
     )
+    num_steps: int = field(default=10, metadata={"help": "denoising steps of a sample"})
+    guidance_scale: float = field(default=4.5, metadata={"help": "classifier-free guidance of a sample"})
+    per_device_batch_size: int = field(default=8, metadata={"help": "images a batch"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
     max_steps: int = field(default=100, metadata={"help": "iterations"})
     learning_rate: float = field(default=3e-4, metadata={"help": "of AdamW"})
@@ -95,6 +90,7 @@ class TrainConfig:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
         require_positive(self, "max_steps", "lora_rank", "lora_alpha", "save_steps", "save_total_limit", "ema_every")
         require_positive(self, "learning_rate", "max_grad_norm", "eval_num_prompts", "resolution")
+        require_positive(self, "num_steps", "per_device_batch_size")
 
     @property
     def folder(self) -> Path:
@@ -108,6 +104,12 @@ def require_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+
+
+def require_choice(config: Any, name: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a field that is none of the known values."""
+    if getattr(config, name) not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
 
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
@@ -179,12 +181,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def prepare_policy(config: TrainConfig, accelerator: Accelerator) -> tuple[Policy, torch.optim.AdamW]:
-    """Policy with a fresh LoRA and its optimizer, wrapped by accelerate."""
+def prepare_policy(
+    config: TrainConfig, accelerator: Accelerator, copies: Sequence[str] = ()
+) -> tuple[Policy, torch.optim.AdamW, dict[str, list[nn.Parameter]]]:
+    """(policy with a fresh LoRA, its optimizer, frozen copies of the LoRA by name), wrapped by accelerate."""
     policy = Policy.load(config.model, config.dtype, accelerator.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         parameters = policy.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
+    frozen = {name: policy.add_frozen_copy(name) for name in copies}
     if config.gradient_checkpointing:
         policy.network.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
@@ -195,171 +200,7 @@ def prepare_policy(config: TrainConfig, accelerator: Accelerator) -> tuple[Polic
         weight_decay=config.weight_decay,
     )
     policy.wrapped, optimizer = accelerator.prepare(policy.network, optimizer)
-    return policy, optimizer
-
-
-class Ema:
-    """Exponential moving average of the LoRA, warmed up over n optimizer steps as in Flow-GRPO (flow_grpo/ema.py):
-
-    decay_n = min((1 + n) / (10 + n), decay), on every n that `every` divides.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, every: int):
-        self.parameters = list(parameters)
-        self.decay, self.every, self.steps = decay, every, 0
-        self.shadow = [p.detach().clone() for p in self.parameters]
-
-    def update(self) -> None:
-        """Count an optimizer step, and fold the parameters in when it is time."""
-        self.steps += 1
-        if self.steps % self.every:
-            return
-        decay = min((1 + self.steps) / (10 + self.steps), self.decay)
-        for shadow, parameter in zip(self.shadow, self.parameters, strict=True):
-            shadow.lerp_(parameter.detach(), 1 - decay)
-
-    def swap(self) -> None:
-        """Exchange average and parameters; a second call undoes it."""
-        for shadow, parameter in zip(self.shadow, self.parameters, strict=True):
-            value = parameter.detach().clone()
-            parameter.data.copy_(shadow)
-            shadow.copy_(value)
-
-
-@dataclass
-class TrainState:
-    """Everything a checkpoint restores."""
-
-    policy: Policy
-    optimizer: Any
-    ema: Ema | None
-    step: int = 0
-    counters: dict[str, float] = field(default_factory=dict)  # images, seconds
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within, the network holds the moving average, where there is one."""
-        if self.ema:
-            self.ema.swap()
-        try:
-            yield
-        finally:
-            if self.ema:
-                self.ema.swap()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if _step_of(p).isdigit() and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(_step_of(p)))
-
-
-def _step_of(checkpoint: Path) -> str:
-    return checkpoint.name.removeprefix("checkpoint-")
-
-
-def save_checkpoint(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> Path:
-    """Write checkpoint-N, first under another name, so that a checkpoint is whole or not there.
-
-    `adapter/` and the diffusers file hold the moving average where there is one: it is what evaluation should use.
-    """
-    final = config.folder / f"checkpoint-{state.step}"
-    temporary = config.folder / f".checkpoint-{state.step}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / _STATE).mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_file({"cpu": torch.get_rng_state()}, temporary / _STATE / f"rng-{accelerator.process_index}.safetensors")
-    if accelerator.is_main_process:
-        _write_main(config, accelerator, state, temporary)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in checkpoints(config.folder)[: -config.save_total_limit if config.save_total_limit else 0]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def _write_main(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
-    lora = {str(i): p.detach().cpu().clone() for i, p in enumerate(state.policy.trainable())}
-    save_file(lora, folder / _STATE / "lora.safetensors")
-    save_optimizer(state.optimizer, folder / _STATE / "optimizer.safetensors")
-    if state.ema:
-        average = {str(i): s.cpu().clone() for i, s in enumerate(state.ema.shadow)}
-        save_file(average, folder / _STATE / "ema.safetensors")
-    with state.averaged():
-        state.policy.save_adapter(folder)
-    write_config(config, folder)
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-    row = {
-        "step": state.step,
-        "base": config.model,
-        "ema_steps": state.ema.steps if state.ema else 0,
-        "counters": state.counters,
-        "processes": accelerator.num_processes,
-        "scaler": scaler,
-    }
-    (folder / "state.json").write_text(json.dumps(row))
-
-
-def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> None:
-    """Restore the last whole checkpoint, and forget the metrics of later steps. Raises ValueError if there is none.
-
-    Settings are those of `config`; one that the checkpoint was made with another value of is warned of.
-    """
-    found = checkpoints(config.folder)
-    if not found:
-        raise ValueError(f"nothing to resume: {config.folder} holds no whole checkpoint")
-    _warn_of_changes(config, found[-1] / CONFIG)
-    try:
-        _restore(config, accelerator, state, found[-1])
-    except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(f"{found[-1]} is damaged ({error}); remove it to resume from an earlier one") from error
-    if accelerator.is_main_process:
-        _truncate_metrics(config.folder / METRICS, state.step)
-
-
-def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
-    row = json.loads((folder / "state.json").read_text())
-    lora = load_file(folder / _STATE / "lora.safetensors")
-    parameters = state.policy.trainable()
-    if [tuple(lora[k].shape) for k in sorted(lora, key=int)] != [tuple(p.shape) for p in parameters]:
-        raise ValueError(f"{folder} was made with another LoRA (rank or targets); resume with its {CONFIG}")
-    for i, parameter in enumerate(parameters):
-        parameter.data.copy_(lora[str(i)])
-    options = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-    load_optimizer(state.optimizer, folder / _STATE / "optimizer.safetensors")
-    for group, ours in zip(state.optimizer.param_groups, options, strict=True):
-        group.update(ours)  # the file brings its own learning rate
-    if state.ema:
-        file = folder / _STATE / "ema.safetensors"
-        average = load_file(file) if file.is_file() else lora
-        for i, shadow in enumerate(state.ema.shadow):
-            shadow.copy_(average[str(i)])
-        state.ema.steps = row["ema_steps"]
-    rng = folder / _STATE / f"rng-{accelerator.process_index}.safetensors"
-    if rng.is_file():
-        torch.set_rng_state(load_file(rng)["cpu"])
-    if accelerator.scaler and row["scaler"]:
-        accelerator.scaler.load_state_dict(row["scaler"])
-    state.step, state.counters = row["step"], row["counters"]
-
-
-def _warn_of_changes(config: TrainConfig, file: Path) -> None:
-    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    for name, value in dataclasses.asdict(config).items():
-        if name in before and before[name] != value and name not in _MAY_CHANGE:
-            warnings.warn(f"resuming with {name} = {value!r}; it was {before[name]!r}", stacklevel=3)
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    return policy, optimizer, frozen
 
 
 class Log:
@@ -436,6 +277,7 @@ class Interruption:
 
 
 def load_prompts(config: TrainConfig) -> tuple[list[prompt_sets.Prompt], list[prompt_sets.Prompt]]:
-    """(training prompts, held-out prompts)."""
+    """(training prompts, held-out prompts); a trainer without `prompts` has only the second."""
+    training = prompt_sets.load(config.prompts) if getattr(config, "prompts", None) else []
     held_out = prompt_sets.load(config.eval_prompts) if config.eval_prompts else []
-    return prompt_sets.load(config.prompts), held_out
+    return training, held_out

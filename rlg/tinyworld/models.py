@@ -201,7 +201,7 @@ def build(family: str) -> DiffusionPipeline:
     third, tokenizer_3 = _no_t5(2 * _TEXT_WIDTH)
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=build_vae(16),
         text_encoder=first,
         tokenizer=tokenizer,

@@ -124,10 +124,10 @@ def _check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}; known: train, test")
 
 
-def training_prompts(count: int, generator: torch.Generator, text_fraction: float = 0.25) -> list[Prompt]:
+def training_prompts(count: int, generator: torch.Generator, text_fraction: float = 0.2) -> list[Prompt]:
     """`count` prompts for pretraining, from the train split alone: tags equally likely, and a share of signs."""
     by_tag = [[p for p in composition_prompts("train") if p.metadata["tag"] == tag] for tag in COMPOSITION_TAGS]
-    weights = torch.tensor([0.05, 0.15, 0.30, 0.10, 0.20, 0.20])  # tags with more to learn are shown more often
+    weights = torch.tensor([0.04, 0.14, 0.22, 0.08, 0.26, 0.26])  # tags with more to learn are shown more often
     tags = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
     is_text = (torch.rand(count, generator=generator) < text_fraction).tolist()
     picks = torch.rand(count, generator=generator).tolist()

@@ -1,0 +1,176 @@
+"""DiffusionNFT: negative-aware fine-tuning on the forward process, one trainer for all families (arXiv 2509.16117).
+
+    L = E[ r |x0(plus) - x0|^2 / c_plus + (1 - r) |x0(minus) - x0|^2 / c_minus ] / beta + kl_coef |out - out_ref|^2
+    plus = out_old + beta (out - out_old),   minus = out_old - beta (out - out_old)
+    r = 1/2 + A / (2 clip) in [0, 1],   c = mean |x0(.) - x0| of the sample, without gradient
+
+x0 are samples of the old policy, by any solver and without log-probabilities; x0(out) is what an output says of x0 at
+a freshly noised x_t. At the optimum plus is the policy of the good samples, so that out_old + (plus - out_old) / beta
+is a guidance direction of its own. After every iteration the old policy follows: old <- d old + (1 - d) trained.
+
+Deviations from the paper and the official code
+1. t is drawn from the density that the model was trained with (`process.sample_t`), not from the sampler's times, so
+   that models of noise and of velocity need no case of their own.
+2. The loss goes through x0, which is `x_t - t v` for flow models and `(x_t - sigma eps) / alpha` for models of noise;
+   the weights c make up for the scale of either.
+3. A checkpoint holds the old policy, and resuming restores it (the official code starts it anew).
+
+    accelerate launch train_nft.py --config configs/tiny/nft_sd3_composition.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rewards import RewardMix
+from rlg import process, sampling
+from rlg.backbones import Conditioning
+from rlg.guidance import with_cfg
+from rlg.prompts import Prompt
+from trainers import common
+from trainers.online import OnlineConfig, OnlineTrainer
+
+OLD = "old"  # the adapter that samples
+
+
+@dataclass(kw_only=True)
+class NFTConfig(OnlineConfig):
+    """Options of DiffusionNFT; the defaults are the official code's."""
+
+    guidance_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance of samples; 1: off"})
+    num_train_steps: int = field(default=10, metadata={"help": "noise levels that each sample is trained at"})
+    nft_beta: float = field(default=1.0, metadata={"help": "how far plus and minus lie from the old policy"})
+    kl_coef: float = field(default=1e-4, metadata={"help": "weight of |out - out_ref|^2"})
+    old_decay_start: int = field(default=0, metadata={"help": "iterations during which old is a copy of the trained"})
+    old_decay_rate: float = field(default=0.001, metadata={"help": "then d grows by this with each iteration ..."})
+    old_decay_max: float = field(default=0.5, metadata={"help": "... up to this"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require_positive(self, "num_train_steps", "nft_beta")
+        for name in ("kl_coef", "old_decay_start", "old_decay_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.old_decay_max < 1:
+            raise ValueError(f"old_decay_max must be at least 0 and less than 1, got {self.old_decay_max}")
+
+    def old_decay(self, step: int) -> float:
+        """d after iteration `step`."""
+        return min(self.old_decay_rate * max(step - self.old_decay_start, 0), self.old_decay_max)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One process's share of an iteration's images, in batches."""
+
+    latents: list[Tensor]  # x0, (B, C, H, W) each
+    conds: list[Conditioning]
+    images_B3HW: Tensor
+    prompt_B: Tensor  # index of each sample's prompt
+
+
+def optimality(advantage_B: Tensor, clip: float) -> Tensor:
+    """(B,) r in [0, 1]: the probability that a sample is a good one; 1/2 at its group's mean."""
+    return (advantage_B / (2 * clip) + 0.5).clamp(0, 1)
+
+
+def nft_loss(
+    x0_BCHW: Tensor, plus_BCHW: Tensor, minus_BCHW: Tensor, r_B: Tensor, beta: float, scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one noise level, and its metrics. plus and minus: their estimates of x0, with gradient."""
+    plus_B, minus_B = _relative_error(plus_BCHW, x0_BCHW), _relative_error(minus_BCHW, x0_BCHW)
+    loss = scale * (r_B * plus_B + (1 - r_B) * minus_B).mean() / beta
+    metrics = {"policy_loss": loss, "plus_error": plus_B.mean(), "minus_error": minus_B.mean()}
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _relative_error(estimate_BCHW: Tensor, x0_BCHW: Tensor) -> Tensor:
+    """(B,) mean squared error over the mean absolute one, which has no gradient."""
+    error_BD = (estimate_BCHW - x0_BCHW).flatten(1)
+    return error_BD.square().mean(dim=1) / error_BD.detach().abs().mean(dim=1).clamp(min=1e-5)
+
+
+class NFTTrainer(OnlineTrainer):
+    """Sample with the old policy, score, fit the trained one; see the module's docstring."""
+
+    shown = ("reward", "loss", "kl", "seconds_per_image")
+    copies = (OLD,)
+    config: NFTConfig
+
+    def __init__(
+        self,
+        config: NFTConfig,
+        reward: RewardMix,
+        prompts: Sequence[Prompt],
+        eval_prompts: Sequence[Prompt] = (),
+        accelerator: Accelerator | None = None,
+        held_out: RewardMix | None = None,
+    ):
+        super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
+        self.process = self.policy.process()
+        self.old = partial(self.policy.predict_as, OLD)
+
+    @torch.no_grad()
+    def rollout(self) -> Samples:
+        """Sample this process's share of the iteration with the old policy."""
+        size = self.config.per_device_batch_size
+        schedule, parts = self.evaluation_schedule(), self.parts(torch.Generator().manual_seed(self.iteration_seed()))
+        old = with_cfg(self.old, self.negative, self.config.guidance_scale)
+        latents = []
+        for part in parts:
+            with self.accelerator.autocast():
+                latents.append(sampling.sample(old, schedule, part.cond, part.noise))
+        images = torch.cat([self.policy.decode(x0, size) for x0 in latents])
+        prompt_B = torch.cat([part.prompt_B for part in parts])
+        return Samples(latents, [part.cond for part in parts], images, prompt_B)
+
+    def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
+        """All optimizer steps of the iteration, and the old policy's step after the trained one."""
+        config = self.config
+        r = optimality(advantage_B, config.advantage_clip).split(config.per_device_batch_size)
+        self.begin_updates(len(samples.latents) // config.num_updates * config.num_train_steps)
+        rank = self.accelerator.process_index
+        generator = torch.Generator().manual_seed((self.iteration_seed() * 1009 + rank) * 2 + 1)
+        collected: list[dict[str, Tensor]] = []
+        for b in self.batch_order(len(samples.latents)):
+            for _ in range(config.num_train_steps):
+                with self.accelerator.accumulate(self.policy.wrapped):
+                    loss, metrics = self.loss(samples.latents[b], samples.conds[b], r[b], generator)
+                    self.backward(loss, metrics)
+                collected.append(metrics)
+        self._follow(config.old_decay(self.state.step))
+        return self.mean_metrics(collected)
+
+    def loss(
+        self, x0_BCHW: Tensor, cond: Conditioning, r_B: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch at one random noise level a sample."""
+        config = self.config
+        rows_B = process.sample_t(self.process, len(x0_BCHW), generator)
+        noise = torch.randn(x0_BCHW.shape, generator=generator).to(x0_BCHW.device)
+        x_t, _ = process.noise(self.process, rows_B, x0_BCHW, noise)
+        t_B = self.process.time[rows_B].to(x_t.device)
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                old = self.old(x_t, t_B, cond).float()
+                reference = self.policy.reference(x_t, t_B, cond).float() if config.kl_coef else None
+            out = self.policy.predict(x_t, t_B, cond).float()
+        change = config.nft_beta * (out - old)
+        plus, minus = (process.clean(self.process, rows_B, x_t, old + sign * change) for sign in (1, -1))
+        loss, metrics = nft_loss(x0_BCHW, plus, minus, r_B, config.nft_beta, config.advantage_clip)
+        metrics["old_distance"] = (out - old).square().mean().detach()
+        if reference is not None:
+            kl = (out - reference).square().mean()
+            loss, metrics["kl"] = loss + config.kl_coef * kl, kl.detach()
+        return loss, metrics | {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def _follow(self, decay: float) -> None:
+        for old, trained in zip(self.state.copies[OLD], self.policy.trainable(), strict=True):
+            old.lerp_(trained, 1 - decay)
