@@ -1,6 +1,8 @@
-"""LoRA adapters on disk and in the network: PEFT folders, diffusers LoRA files, and our checkpoints that hold both.
+"""LoRA adapters on disk and in the network: PEFT folders, diffusers and kohya files, and our checkpoints.
 
-Only safetensors is read. `base_model_name_or_path` in adapter_config.json says what an adapter was trained on.
+Paths and hub ids alike (`rlg.hub`); only safetensors is read. `base_model_name_or_path` in adapter_config.json says
+what an adapter was trained on. kohya-style files are renamed by diffusers' own converter, which it has for SD and SDXL
+(and some that we have no backbone for), not for SD3.
 """
 
 from __future__ import annotations
@@ -9,18 +11,21 @@ import json
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from rlg import hub
 
 DENOISERS = ("transformer", "unet")  # what diffusers pipelines call their network, and the prefixes in its LoRA files
 NAME = "default"  # PEFT's name of the adapter inside the network
@@ -29,8 +34,8 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
-_SUFFIX = ".safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te")
+_NOT_SWITCHED = ", which guidance can't switch between its passes"
 
 
 @dataclass(frozen=True)
@@ -41,20 +46,35 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     base: str | None  # what it was trained on, where it says so
     path: Path
+    converted: bool = False  # the tensors are not named as in the file, and alpha is in them
 
 
 @contextmanager
 def disabled(network: nn.Module) -> Iterator[None]:
     """Within, every LoRA layer of the network passes its input by."""
+    with _switched(network, "_disable_adapters", True):
+        yield
+
+
+@contextmanager
+def active(network: nn.Module, name: str) -> Iterator[None]:
+    """Within, the network's LoRA layers use their adapter of this name."""
+    with _switched(network, "_active_adapter", [name]):
+        yield
+
+
+@contextmanager
+def _switched(network: nn.Module, switch: str, value: Any) -> Iterator[None]:
+    """PEFT's public switches also move requires_grad, which DDP must not see: these are what they set inside."""
     layers = lora_layers(network)
-    before = [layer._disable_adapters for layer in layers]
+    before = [getattr(layer, switch) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True  # PEFT's public switch also turns off requires_grad, which DDP must not see
+        setattr(layer, switch, value)
     try:
         yield
     finally:
-        for layer, was_disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = was_disabled
+        for layer, was in zip(layers, before, strict=True):
+            setattr(layer, switch, was)
 
 
 @contextmanager
@@ -92,26 +112,39 @@ def _plain(config: LoraConfig) -> dict[str, Any]:
     return {k: sorted(v) if isinstance(v, set) else v for k, v in row.items()}
 
 
+def known_files(source: hub.Source) -> list[str]:
+    """The adapter's weights in a folder, by the names that PEFT, diffusers and we give them, best first."""
+    return [n for n in (f"{PEFT_FOLDER}/{PEFT_WEIGHTS}", PEFT_WEIGHTS, DIFFUSERS_FILE) if n in source.files]
+
+
 def find(path: str | Path) -> Path:
-    """The file that holds an adapter's weights: given itself, its PEFT folder, or a checkpoint. Raises ValueError."""
-    path = Path(path)
-    if path.is_file():
-        candidates = [path]
-    else:
-        candidates = [path / PEFT_FOLDER / PEFT_WEIGHTS, path / PEFT_WEIGHTS, path / DIFFUSERS_FILE]
-    for candidate in candidates:
-        if candidate.suffix in _PICKLES:
-            raise ValueError(f"{candidate} is a pickle, which can run code when read; convert it to safetensors")
-        if candidate.suffix != _SUFFIX:  # diffusers would take a file of another name for a pickle
-            raise ValueError(f"{candidate} is no {_SUFFIX} file")
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
-        pickles = sorted(p.name for p in path.rglob("*") if p.suffix in _PICKLES)
-        if pickles:
-            raise ValueError(f"{path} holds {pickles[0]}, a pickle, and no safetensors; convert it to safetensors")
-        raise ValueError(f"{path} holds no adapter; expected {PEFT_FOLDER}/{PEFT_WEIGHTS} or {DIFFUSERS_FILE}")
-    raise ValueError(f"no such checkpoint: {path}")
+    """The file that holds an adapter's weights, on this machine: given itself, in a folder, or in a hub repository.
+
+    Raises ValueError if there is none, several of unknown names, or a pickle.
+    """
+    source = hub.source(path)
+    name = source.file or _only_file(source)
+    if name.endswith(hub.PICKLES):
+        raise ValueError(f"{source.where(name)} is a pickle, which can run code when read; convert it to safetensors")
+    if not name.endswith(hub.SAFETENSORS):  # diffusers would take a file of another name for a pickle
+        raise ValueError(f"{source.where(name)} is no {hub.SAFETENSORS} file")
+    beside = name.removesuffix(PEFT_WEIGHTS) + PEFT_CONFIG
+    needed = [name, beside] if name.endswith(PEFT_WEIGHTS) and beside in source.files else [name]
+    return source.fetch(*needed) / name
+
+
+def _only_file(source: hub.Source) -> str:
+    """The adapter of a folder: of a known name, or the only safetensors file at its top."""
+    loose = sorted(n for n in source.files if "/" not in n and n.endswith(hub.SAFETENSORS))
+    found = known_files(source) or loose
+    if found == loose and len(loose) > 1:
+        raise ValueError(f"{source.where()} holds {', '.join(loose)}; say which: {source.where(loose[0])}")
+    if found:
+        return found[0]
+    where, pickles = source.where(), source.pickles()
+    if pickles:
+        raise ValueError(f"{where} holds {pickles[0]}, a pickle, and no safetensors; convert it to safetensors")
+    raise ValueError(f"{where} holds no adapter; expected {PEFT_FOLDER}/{PEFT_WEIGHTS} or {DIFFUSERS_FILE}")
 
 
 def read(path: str | Path) -> AdapterFile:
@@ -152,6 +185,7 @@ def load(pipe: Any, denoiser_name: str, path: str | Path) -> AdapterFile:
         raise ValueError(f"diffusers' {type(network).__name__} takes no LoRA")
     if lora_layers(network):
         raise ValueError(f"the {denoiser_name} already carries a LoRA; call pipe.unload_lora_weights() first")
+    adapter = _from_kohya(pipe, denoiser_name, adapter)
     check_fit(network, adapter)
     attach = _attach_diffusers_file if adapter.config is None else _attach_peft
     try:
@@ -177,9 +211,51 @@ def to_float32(network: nn.Module, adapter: AdapterFile) -> None:
             parameter.data = value.to(parameter.device, torch.float32)
 
 
+def _from_kohya(pipe: Any, denoiser_name: str, adapter: AdapterFile) -> AdapterFile:
+    """A kohya-style file in diffusers' and PEFT's names, alpha / rank in its matrices; others as they are.
+
+    diffusers alone would take one alpha for all attention layers, also where they differ (0.42).
+    Raises ValueError for a file that it can't name, and for one that changes a text encoder.
+    """
+    keys = adapter.tensors.keys()
+    if adapter.config is not None or not keys or not all(key.startswith(_KOHYA_PREFIXES) for key in keys):
+        return adapter
+    config = {"unet_config": pipe.unet.config} if denoiser_name == "unet" else {}
+    try:
+        renamed = pipe.lora_state_dict(_fold_alpha(adapter.tensors), **config)
+    except Exception as error:  # whatever diffusers' converter meets
+        reason = textwrap.shorten(str(error), 240)
+        raise ValueError(f"{adapter.path} is a kohya-style file that diffusers can't read: {reason}") from error
+    renamed = convert_unet_state_dict_to_peft(renamed[0] if isinstance(renamed, tuple) else renamed)
+    parts = {key.partition(".")[0] for key in renamed}
+    if denoiser_name not in parts:
+        kind = type(pipe).__name__
+        raise ValueError(f"{adapter.path} is a kohya-style file without a LoRA that diffusers can read into a {kind}")
+    if parts != {denoiser_name}:
+        raise ValueError(f"{adapter.path} also changes the {min(parts - {denoiser_name})}{_NOT_SWITCHED}")
+    return replace(adapter, tensors=renamed, converted=True)
+
+
+def _fold_alpha(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """kohya's update is alpha / rank * up @ down; here alpha is the rank, and `up` has the factor, in fp32."""
+    wrong = next(
+        (key for key in tensors if not key.endswith((".lora_down.weight", ".lora_up.weight", ".alpha"))), None
+    )
+    if wrong:  # diffusers would leave some out, such as DoRA's, and run another function
+        raise ValueError(f"{wrong} is no part of a plain LoRA")
+    folded = {key: tensor.float() for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    for key, alpha in tensors.items():
+        if key.endswith(".alpha"):
+            layer = key.removesuffix(".alpha")
+            folded[f"{layer}.lora_up.weight"] *= float(alpha) / len(folded[f"{layer}.lora_down.weight"])
+    return folded
+
+
 def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
-    """Raise ValueError unless every LoRA matrix of the denoiser fits a weight of the network."""
+    """Raise ValueError unless every LoRA matrix of the denoiser fits a weight of the network, and has its partner."""
     weights = dict(network.named_parameters())
+    trained_on = f" (trained on {adapter.base})" if adapter.base else ""
+    misfit = f"{adapter.path}{trained_on} does not fit this base model"
     for key, tensor in adapter.tensors.items():
         prefix, _, name = ("", "", key) if adapter.config else key.partition(".")
         module, _, kind = name.partition(".lora_")
@@ -189,8 +265,10 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
         axis = 0 if kind.startswith("B") else 1
         if weight is None or tensor.shape[axis] != weight.shape[axis]:
             found = "no such layer" if weight is None else f"{tuple(weight.shape)} against {tuple(tensor.shape)}"
-            trained_on = f" (trained on {adapter.base})" if adapter.base else ""
-            raise ValueError(f"{adapter.path}{trained_on} does not fit this base model: {module}: {found}")
+            raise ValueError(f"{misfit}: {module}: {found}")
+        partner = f"{key.rpartition('.lora_')[0]}.lora_{'A' if axis == 0 else 'B'}.weight"
+        if partner not in adapter.tensors:
+            raise ValueError(f"{misfit}: no weights for {partner}")
 
 
 def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
@@ -204,12 +282,15 @@ def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
 
 
 def _attach_diffusers_file(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
-    options = {"weight_name": adapter.path.name, "adapter_name": NAME, "use_safetensors": True}
-    pipe.load_lora_weights(str(adapter.path.parent), **options)
+    if adapter.converted:
+        pipe.load_lora_weights(dict(adapter.tensors), adapter_name=NAME)
+    else:  # from the file, whose header may hold alpha
+        options = {"weight_name": adapter.path.name, "adapter_name": NAME, "use_safetensors": True}
+        pipe.load_lora_weights(str(adapter.path.parent), **options)
     if not lora_layers(network):
         raise ValueError(f"it holds no LoRA of the denoiser (first key: {next(iter(adapter.tensors), '')!r})")
     others = [name for name, m in pipe.components.items() if isinstance(m, nn.Module) and m is not network]
     also = [name for name in others if lora_layers(getattr(pipe, name))]
     if also:
         pipe.unload_lora_weights()
-        raise ValueError(f"it also changes the {also[0]}, which guidance can't switch between its passes")
+        raise ValueError(f"it also changes the {also[0]}{_NOT_SWITCHED}")

@@ -1,11 +1,13 @@
 """A slider on any diffusers pipeline: `guide = rlg.apply(pipe, "adapter"); guide.scale = 1.6; pipe("...")`.
 
 The denoiser's `forward` is wrapped and nothing else: classifier-free guidance and the lerp are both linear, so
-wrapping the denoiser equals wrapping the whole update, for every pipeline and every scheduler of diffusers.
+wrapping the denoiser equals wrapping the whole update, for every pipeline and every scheduler of diffusers. The tuned
+pass is the denoiser with its LoRA on, or a second network if what is attached is a full one.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlg import adapters
+from rlg import adapters, networks
 from rlg.guidance import Weight, check_finite
 
 
@@ -28,8 +30,8 @@ def denoiser_name(pipe: Any) -> str:
 class Guide:
     """Reinforcement Learning Guidance on a pipeline; `scale` may be changed between calls, `remove()` takes it off."""
 
-    def __init__(self, pipe: Any, network: nn.Module, scale: Weight):
-        self.pipe, self.network = pipe, network
+    def __init__(self, pipe: Any, network: nn.Module, scale: Weight, tuned: nn.Module | None = None):
+        self.pipe, self.network, self.tuned = pipe, network, tuned
         self._own_forward = vars(network).get("forward")  # set where another wrapper, as of accelerate, was here first
         self._forward: Callable[..., Any] = network.forward
         self.scale = scale
@@ -46,7 +48,7 @@ class Guide:
         self._scale = value
 
     def remove(self) -> None:
-        """Restore the denoiser; the adapter stays attached, at w = 1."""
+        """Restore the denoiser: an adapter stays attached, at w = 1; from beside a full network, it is the base."""
         if self._own_forward is None:
             vars(self.network).pop("forward", None)
         else:
@@ -55,12 +57,20 @@ class Guide:
     def _guided(self, *args: Any, **kwargs: Any) -> Any:
         w = self._weight(args, kwargs)
         if isinstance(w, float) and w == 1.0:
-            return self._forward(*args, **kwargs)
+            return self._tuned_pass(*args, **kwargs)
         with adapters.disabled(self.network):
             base = self._forward(*args, **kwargs)
         if isinstance(w, float) and w == 0.0:
             return base
-        return _lerp(base, self._forward(*args, **kwargs), w)
+        return _lerp(base, self._tuned_pass(*args, **kwargs), w)
+
+    def _tuned_pass(self, *args: Any, **kwargs: Any) -> Any:
+        if self.tuned is None:
+            return self._forward(*args, **kwargs)
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if next(self.tuned.parameters()).device != x.device:  # the pipeline was moved, and does not know this network
+            self.tuned.to(x.device)
+        return self.tuned(*args, **kwargs)
 
     def _weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
         if isinstance(self._scale, Tensor):
@@ -89,13 +99,22 @@ def _lerp(base: Any, tuned: Any, w: float | Tensor) -> Any:
     return base
 
 
-def apply(pipe: Any, adapter: str | Path, scale: Weight = 1.0) -> Guide:
-    """Attach an adapter to a diffusers pipeline and guide it with w = `scale`.
+def apply(pipe: Any, tuned: str | Path, scale: Weight = 1.0) -> Guide:
+    """Attach a tuned model to a diffusers pipeline and guide it with w = `scale`.
 
-    adapter: one of our checkpoints, a PEFT folder or a diffusers LoRA file, in safetensors.
-    Raises ValueError if the pipeline has no denoiser, or the adapter is missing, damaged or made for another base.
+    tuned: one of our checkpoints, a PEFT folder, a diffusers or kohya LoRA file, or a full fine-tuned network (its
+    folder, or a pipeline's), by path or hub id, in safetensors. A full one is a second network; what the two take is
+    printed.
+    Raises ValueError if the pipeline has no denoiser, or the tuned model is missing, damaged or made for another base.
     """
     check_finite(scale)
     name = denoiser_name(pipe)
-    adapters.load(pipe, name, adapter)
-    return Guide(pipe, getattr(pipe, name), scale)
+    before = getattr(vars(getattr(pipe, name)).get("forward"), "__self__", None)
+    if isinstance(before, Guide) and before.tuned is not None:
+        raise ValueError(f"the {name} is guided by a full network already; call remove() on its guide first")
+    if not networks.is_network(tuned):
+        adapters.load(pipe, name, tuned)
+        return Guide(pipe, getattr(pipe, name), scale)
+    network = networks.load(pipe, name, tuned)
+    print(networks.memory(getattr(pipe, name), network), file=sys.stderr)
+    return Guide(pipe, getattr(pipe, name), scale, network)

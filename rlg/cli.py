@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+TUNED_HELP = (
+    "the tuned model, a path or hub id: checkpoint-N of a run, a PEFT folder, a diffusers or kohya LoRA file, or a "
+    "full fine-tuned network (its folder, or a pipeline's; needs --base, and memory for two)"
+)
+
 
 def stop(message: str) -> NoReturn:
     """Print one line on stderr and exit with code 2."""

@@ -1,11 +1,13 @@
-"""Evaluate an adapter under Reinforcement Learning Guidance over a sweep of w.
+"""Evaluate a tuned model under Reinforcement Learning Guidance over a sweep of w.
 
     python -m rlg.evaluate --ckpt runs/NAME/checkpoint-N --scales 0 0.25 0.5 0.75 1 1.5 2 3
+    python -m rlg.evaluate --tuned USER/REPO --base BASE     # made elsewhere: a LoRA, or a full fine-tuned network
 
-Base and adapter-enabled passes run on one network; several w share a batch; w = 0 and w = 1 take one pass. Noise is a
-function of (seed, prompt, k), so all scales, modes and later runs are paired. Beside the sweep (mode "rlg") it runs
-the two baselines that cost the same or less: the tuned model with twice the steps ("tuned_2x_steps", equal network
-evaluations) and the LoRA scaled by w ("lora_scale", one pass).
+Base and adapter-enabled passes run on one network (a full fine-tuned network is a second one); several w share a
+batch; w = 0 and w = 1 take one pass. Noise is a function of (seed, prompt, k), so all scales, modes and later runs are
+paired. Beside the sweep (mode "rlg") it runs the two baselines that cost the same or less: the tuned model with twice
+the steps ("tuned_2x_steps", equal network evaluations) and the LoRA scaled by w ("lora_scale", one pass; a full
+network has none).
 
 The work is cut into units (a few prompts, all their images, all scales) whose batches do not depend on the number of
 processes; each process takes every n-th unit and appends its rows to a file of its own. What is already scored is not
@@ -18,32 +20,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from rewards import RewardMix
-from rlg import adapters, guidance, process, sampling
+from rlg import adapters, guidance, hub, networks, process, sampling
 from rlg import prompts as prompt_sets
-from rlg.cli import Parser, fail_cleanly
-from rlg.policy import DTYPES, Policy
+from rlg.cli import TUNED_HELP, Parser, fail_cleanly
+from rlg.eval_folder import IMAGES, ROWS, Job, job_of, merge, prepare_folder, read, save_images
+from rlg.policy import DTYPES, Policy, base_of
 from rlg.process import KERNELS
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
-from rlg.stats import MODES, Row, read_rows
+from rlg.stats import MODES, Row
 
 RLG, LORA_SCALE, TWICE = MODES
-ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
 _DIVERSITY_SIDE = 16  # images are compared at 16x16: layout and colour, not texture
 
 
@@ -70,16 +69,6 @@ class EvalSettings:
             raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
         if min(self.k, self.steps, self.batch_size) < 1:
             raise ValueError("--k, --steps and --batch_size must be at least 1")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to make."""
-
-    prompt_id: int
-    k: int
-    w: float
-    mode: str
 
 
 @dataclass(frozen=True)
@@ -124,10 +113,21 @@ def _sweeps(settings: EvalSettings) -> Iterator[tuple[str, tuple[float, ...]]]:
         yield from ((LORA_SCALE, (w,)) for w in settings.scales if w not in (0.0, 1.0))
 
 
+def modes_of(chosen: Sequence[str] | None, full: bool) -> tuple[str, ...]:
+    """The modes of an evaluation, all that apply if none are chosen. Raises ValueError for one that does not."""
+    if chosen is None:
+        return tuple(mode for mode in MODES if not (full and mode == LORA_SCALE))
+    if full and LORA_SCALE in chosen:
+        raise ValueError(f"mode {LORA_SCALE} scales a LoRA, and the tuned model is a full network; leave it out")
+    return tuple(chosen)
+
+
 class Evaluator:
     """Makes and scores images of one policy. Raises ValueError for settings that do not fit it."""
 
     def __init__(self, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], settings: EvalSettings):
+        if policy.tuned is not None:
+            modes_of(settings.modes, full=True)
         self.policy, self.reward, self.prompts, self.settings = policy, reward, prompts, settings
         self.negative = policy.encode([""])
         self.shape = policy.latent_shape(settings.resolution)
@@ -225,32 +225,6 @@ def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[
     return result
 
 
-def collect(folder: Path) -> dict[Job, Row]:
-    """Everything that was scored so far, from scores.jsonl and from the files of processes that did not finish."""
-    return {job: row for file in sorted(folder.glob("scores*.jsonl")) for job, row in _read(file).items()}
-
-
-def _read(file: Path) -> dict[Job, Row]:
-    if not file.is_file() or b"\n" not in file.read_bytes():  # nothing yet, or cut off within its first line
-        return {}
-    return {_job(row): row for row in read_rows(file)}
-
-
-def merge(folder: Path) -> int:
-    """Join the processes' files into scores.jsonl, one row a job, in a fixed order. Returns the number of rows."""
-    ordered = sorted(collect(folder).items(), key=lambda item: (item[0].mode, item[0].w, item[0].prompt_id, item[0].k))
-    temporary = folder / (ROWS + ".tmp")
-    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for _, row in ordered))
-    temporary.replace(folder / ROWS)
-    for file in folder.glob("scores-*.jsonl"):
-        file.unlink()
-    return len(ordered)
-
-
-def _job(row: Row) -> Job:
-    return Job(row.prompt_id, row.k, row.w, row.mode)
-
-
 def evaluate(
     evaluator: Evaluator,
     folder: Path,
@@ -263,23 +237,16 @@ def evaluate(
 
     Files of other processes are not looked at: they may have begun, and all must cut the work in the same way.
     """
-    units = plan(evaluator.settings, prompt_ids, set(_read(folder / ROWS)))[rank::world]
+    units = plan(evaluator.settings, prompt_ids, set(read(folder / ROWS)))[rank::world]
     bar = tqdm(total=sum(map(len, units)), desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
     with (folder / f"scores-{rank}.jsonl").open("a") as file:
         for unit in units:
             rows = list(evaluator.run(unit))
-            _save_images([(row, image) for row, image in rows if keep_images(_job(row))], folder / IMAGES)
+            save_images([(row, image) for row, image in rows if keep_images(job_of(row))], folder / IMAGES)
             file.write("".join(json.dumps(asdict(row)) + "\n" for row, _ in rows))
             file.flush()
             bar.update(len(unit))
     bar.close()
-
-
-def _save_images(rows: Iterable[tuple[Row, Tensor]], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for row, image_3HW in rows:
-        pixels = (image_3HW.permute(1, 2, 0) * 255).round().byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{row.prompt_id}-{row.k}-{row.w:g}.png")
 
 
 def build_parser() -> Parser:
@@ -287,10 +254,10 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m rlg.evaluate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--config", type=Path, help="YAML file with any of these options; the command line wins")
-    add("--ckpt", help="checkpoint-N of a run, a PEFT folder or a diffusers LoRA file")
+    add("--ckpt", "--tuned", metavar="TUNED", help=TUNED_HELP)
     add("--base", help="base model (default: the one that the adapter was trained on)")
     add("--scales", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3], help="values of w")
-    add("--modes", nargs="+", default=list(MODES), help=f"default: {' '.join(MODES)}")
+    add("--modes", nargs="+", help=f"default: {' '.join(MODES)} (for a full network without {LORA_SCALE})")
     add("--prompts", help="prompt set (default: the held-out set of the run)")
     add("--num_prompts", type=int, help="how many of them, spread evenly (default: all)")
     add("--k", type=int, default=4, help="images a prompt")
@@ -304,7 +271,7 @@ def build_parser() -> Parser:
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=128, help="images a batch")
     add("--dtype", choices=sorted(DTYPES), help="default: the run's own")
-    add("--output", type=Path, help="default: eval/ID in the run's folder")
+    add("--output", type=Path, help="default: eval/ID in the run's folder, or in runs/NAME for a model from elsewhere")
     add("--images", type=int, default=8, help="prompts whose images are kept for the report; -1 keeps all")
     add("--overwrite", action="store_true", help="discard what an earlier evaluation left in the output folder")
     return parser
@@ -325,13 +292,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.config:
         row = read_yaml(args.config)
-        known = set(vars(args)) - {"config"}
+        known = set(vars(args)) - {"config"} | {"tuned"}
         unknown = sorted(set(row) - known)
         if unknown:
             raise ValueError(f"{args.config}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
         args = parser.parse_args([*_as_arguments(row), *argv])
     if not args.ckpt:
-        raise ValueError("--ckpt is needed: a checkpoint-N folder, a PEFT folder or a diffusers LoRA file")
+        raise ValueError(f"--ckpt is needed (or --tuned): {TUNED_HELP}")
     for name, value in run_settings(Path(args.ckpt)).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -346,20 +313,10 @@ def _as_arguments(row: dict[str, Any]) -> Iterator[str]:
             yield from map(str, [] if value is True else value if isinstance(value, list) else [value])
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Evaluate and report; returns the output folder."""
-    from accelerate import PartialState
-
-    import rewards
-    from rlg.report import write_report
-
-    adapter = adapters.read(args.ckpt)
-    base = args.base or adapter.base
-    if not base:
-        raise ValueError(f"{args.ckpt} does not say what it was trained on; give --base")
-    settings = EvalSettings(
+def _settings(args: argparse.Namespace) -> EvalSettings:
+    return EvalSettings(
         scales=tuple(sorted({float(f"{w:g}") for w in args.scales})),
-        modes=tuple(args.modes),
+        modes=modes_of(args.modes, networks.is_network(args.ckpt)),
         steps=20 if args.steps is None else args.steps,
         sampler=args.sampler or "ode",
         level=0.7 if args.level is None else args.level,
@@ -369,6 +326,30 @@ def run(args: argparse.Namespace) -> Path:
         seed=args.seed,
         batch_size=args.batch_size,
     )
+
+
+def home_of(tuned: str | Path) -> tuple[str, Path]:
+    """(name, folder) of the run that made an adapter; runs/NAME for a hub id and a full network, made elsewhere."""
+    if hub.is_id(tuned):
+        name = "--".join(Path(tuned).parts[:2])
+    elif networks.is_network(tuned):
+        path = Path(tuned).resolve()
+        name = path.parent.name if path.name in adapters.DENOISERS else path.name
+    else:
+        folder = Path(tuned).resolve().parent
+        return folder.name, folder
+    return name, Path("runs") / name
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Evaluate and report; returns the output folder."""
+    from accelerate import PartialState
+
+    import rewards
+    from rlg.report import write_report
+
+    base = base_of(args.ckpt, args.base)
+    settings = _settings(args)
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
     source = args.prompts or "tinyworld:composition/test"
@@ -379,11 +360,15 @@ def run(args: argparse.Namespace) -> Path:
     state = PartialState()
     reward = rewards.build(names, device=str(state.device))
     policy = Policy.load(base, args.dtype or "float32", state.device)
-    policy.load_adapter(args.ckpt)
+    policy.load_tuned(args.ckpt)
+    if policy.tuned is not None and state.is_main_process:
+        print(networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
     evaluator = Evaluator(policy, reward, prompts, settings)
-    folder = args.output or default_folder(Path(args.ckpt), settings, args)
+    name, home = home_of(args.ckpt)
+    ident = f"{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
+    folder = args.output or home / "eval" / f"{Path(args.ckpt).resolve().name}-{ident}"
     meta = {
-        "name": Path(args.ckpt).resolve().parent.name,
+        "name": name,
         "base": base,
         "adapter": str(Path(args.ckpt)),
         "trained_rewards": trained,
@@ -408,37 +393,6 @@ def run(args: argparse.Namespace) -> Path:
         merge(folder)
         print(write_report(folder))
     return folder
-
-
-def default_folder(ckpt: Path, settings: EvalSettings, args: argparse.Namespace) -> Path:
-    """runs/NAME/eval/checkpoint-N-sampler-steps-cfg-seed."""
-    ident = f"{ckpt.resolve().name}-{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
-    return ckpt.resolve().parent / "eval" / ident
-
-
-def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
-    """Create the folder and meta.json.
-
-    Raises ValueError if it holds an evaluation under other settings, or something that is no evaluation.
-    """
-    file = folder / META
-    if folder.exists() and any(folder.iterdir()) and not file.is_file():
-        raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
-    if overwrite and file.is_file():
-        for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
-            old.unlink()
-    if file.is_file():
-        before = json.loads(file.read_text())
-        changed = [k for k in meta if before.get(k) != meta[k]]
-        if changed:
-            raise ValueError(
-                f"{folder} holds an evaluation with another {changed[0]} ({before.get(changed[0])!r}, not "
-                f"{meta[changed[0]]!r}); give --output another folder, or --overwrite"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    file.write_text(json.dumps(meta | {"created": created, "command": shlex.join(sys.argv)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """A policy: a diffusers pipeline, its noise process, and a LoRA that can be switched off.
 
 The network with the adapter on is the tuned model, and with the adapter off it is the reference model: one set of
-weights, never a copy. `predict` and `reference` have one signature, (x_BCHW, t_B, conditioning) -> out_BCHW.
+weights, never a copy (only a full fine-tuned network, made elsewhere, is a second one). `predict` and `reference` have
+one signature, (x_BCHW, t_B, conditioning) -> out_BCHW.
 """
 
 from __future__ import annotations
 
+import copy
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from rlg import adapters
+from rlg import adapters, networks
 from rlg.backbones import Conditioning, backbone_of
 from rlg.process import Process, Schedule, config_of, make_schedule, process_from_config
 
@@ -35,6 +37,7 @@ class Policy:
         self.backbone.prepare(pipe)
         self.network: nn.Module = self.backbone.denoiser(pipe)
         self.wrapped: nn.Module = self.network  # the accelerate-wrapped network while training
+        self.tuned: nn.Module | None = None  # a full fine-tuned network, in place of an adapter
         self.scheduler_config: Mapping[str, Any] = config_of(pipe.scheduler)
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
@@ -68,8 +71,12 @@ class Policy:
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latents of a square image; None is the model's own size."""
-        side = resolution or self.network.config.sample_size * self.pipe.vae_scale_factor
+        side = resolution or self.image_size()
         return self.backbone.latent_shape(self.pipe, side, side)
+
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model was trained on."""
+        return self.network.config.sample_size * self.pipe.vae_scale_factor
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -77,9 +84,23 @@ class Policy:
         chunks = [prompts[i : i + _ENCODE_BATCH] for i in range(0, len(prompts), _ENCODE_BATCH)]
         return Conditioning.cat([self.backbone.encode(self.pipe, chunk) for chunk in chunks])
 
+    def with_sizes(self, cond: Conditioning, sizes_B2: Tensor, crops_B2: Tensor, side: int) -> Conditioning:
+        """Conditioning that also says (height, width) before resizing, (top, left) of the crop and the final side.
+
+        The same conditioning for a family that does not take them.
+        """
+        return self.backbone.with_sizes(cond, sizes_B2, crops_B2, side)
+
+    @torch.no_grad()
+    def encode_images(self, images_B3HW: Tensor, batch: int = 64) -> Tensor:
+        """Latents (B, C, H, W), fp32, of images in [0, 1], encoded `batch` at a time."""
+        parts = images_B3HW.to(self.device).split(batch)
+        return torch.cat([self.backbone.encode_image(self.pipe, part) for part in parts])
+
     def predict(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-        """The tuned model's output: adapter on. Goes through the accelerate-wrapped network."""
-        return self.backbone.forward(self.wrapped, x_BCHW, t_B, cond)
+        """The tuned model's output: adapter on, or the full network. Goes through the accelerate-wrapped network."""
+        network = self.wrapped if self.tuned is None else self.tuned
+        return self.backbone.forward(network, x_BCHW, t_B, cond)
 
     def reference(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The base model's output: adapter off. Goes through the bare network."""
@@ -88,9 +109,13 @@ class Policy:
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """Within, the network is the base model."""
-        with adapters.disabled(self.network):
-            yield
+        """Within, the policy is the base model."""
+        tuned, self.tuned = self.tuned, None
+        try:
+            with adapters.disabled(self.network):
+                yield
+        finally:
+            self.tuned = tuned
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor, batch: int = 64) -> Tensor:
@@ -111,26 +136,67 @@ class Policy:
         self.network.add_adapter(config)
         return self.trainable()
 
+    def add_frozen_copy(self, name: str) -> list[nn.Parameter]:
+        """Attach a second adapter that begins as a copy of the LoRA and gets no gradients; returns its parameters."""
+        self.network.add_adapter(copy.deepcopy(self.network.peft_config[adapters.NAME]), name)
+        self.network.set_adapter(adapters.NAME)
+        frozen = self._adapter(name)
+        for parameter, source in zip(frozen, self.trainable(), strict=True):
+            parameter.data = source.detach().clone()
+            parameter.requires_grad_(False)
+        return frozen
+
+    def predict_as(self, name: str, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The output with another adapter of the network on. Goes through the bare network."""
+        with adapters.active(self.network, name):
+            return self.backbone.forward(self.network, x_BCHW, t_B, cond)
+
     def trainable(self) -> list[nn.Parameter]:
         """The adapter's parameters, kept in fp32 over a base of any dtype."""
-        parameters = [p for name, p in self.network.named_parameters() if "lora_" in name]
+        parameters = self._adapter(adapters.NAME)
         for parameter in parameters:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return parameters
+
+    def _adapter(self, name: str) -> list[nn.Parameter]:
+        return [p for key, p in self.network.named_parameters() if ".lora_" in key and f".{name}." in key]
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder and as a diffusers LoRA file; see `adapters.save`."""
         adapters.save(self.pipe, self.backbone.denoiser_name, folder, self.base)
 
     def load_adapter(self, path: str | Path) -> None:
-        """Attach a trained adapter: one of our checkpoints, a PEFT folder or a diffusers LoRA file.
+        """Attach a trained adapter: our checkpoint, a PEFT folder, a diffusers or kohya LoRA file, or a hub id.
 
         Raises ValueError if it is missing, damaged, pickled or made for another base.
         """
+        assert self.tuned is None, "a full network is loaded: the adapter would change the base"
         adapter = adapters.load(self.pipe, self.backbone.denoiser_name, path)
         adapters.to_float32(self.network, adapter)
         self.trainable()
+
+    def load_tuned(self, path: str | Path) -> None:
+        """Take an adapter (`load_adapter`) or a full fine-tuned network (`networks.load`) as the tuned model.
+
+        Raises ValueError if it is missing, damaged, pickled or made for another base.
+        """
+        if networks.is_network(path):
+            self.tuned = networks.load(self.pipe, self.backbone.denoiser_name, path)
+        else:
+            self.load_adapter(path)
+
+
+def base_of(tuned: str | Path, base: str | None) -> str:
+    """The base model to use: the one given, or else the one that an adapter names.
+
+    Raises ValueError if there is neither, or the tuned model is missing; or damaged, if it is an adapter.
+    """
+    named = None if networks.is_network(tuned) else adapters.read(tuned).base
+    base = base or named
+    if not base:
+        raise ValueError(f"{tuned} does not say what it was trained on; give --base")
+    return base
 
 
 def load_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -1,4 +1,4 @@
-"""Make images from a base model and an adapter, guided with w.
+"""Make images from a base model and a tuned one, guided with w.
 
     python -m rlg.sample --ckpt runs/NAME/checkpoint-N --prompt "two red circles" --scales 0 1 2 --output grid.png
 
@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from rlg import adapters, attach
-from rlg.cli import Parser, fail_cleanly
-from rlg.policy import DTYPES, load_pipeline
+from rlg import attach
+from rlg.cli import TUNED_HELP, Parser, fail_cleanly
+from rlg.policy import DTYPES, base_of, load_pipeline
 from rlg.sampling import SampleId
 
 
@@ -27,7 +27,7 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m rlg.sample", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", required=True, help="checkpoint-N of a run, a PEFT folder or a diffusers LoRA file")
+    add("--ckpt", "--tuned", required=True, metavar="TUNED", help=TUNED_HELP)
     add("--base", help="base model (default: the one that the adapter was trained on)")
     add("--prompt", nargs="+", required=True)
     add("--scales", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5, 2.0], help="values of w, a column each")
@@ -63,10 +63,7 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError("--k and --steps must be at least 1")
     for w in args.scales:
         attach.check_finite(w)
-    base = args.base or adapters.read(args.ckpt).base
-    if not base:
-        raise ValueError(f"{args.ckpt} does not say what it was trained on; give --base")
-    pipe = load_pipeline(base, DTYPES[args.dtype]).to(args.device)
+    pipe = load_pipeline(base_of(args.ckpt, args.base), DTYPES[args.dtype]).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     guide = attach.apply(pipe, args.ckpt)
     table = columns(pipe, guide, args)

@@ -40,6 +40,10 @@ class Conditioning:
         return Conditioning({k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors})
 
 
+def _sizeless(cond: Conditioning, sizes_B2: Tensor, crops_B2: Tensor, side: int) -> Conditioning:
+    return cond
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A model family."""
@@ -50,6 +54,7 @@ class Backbone:
     encode: Callable[[Any, Sequence[str]], Conditioning]  # (pipe, prompts) -> conditioning
     forward: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]  # (network, x_BCHW, t_B, cond) -> out_BCHW
     prepare: Callable[[Any], None] = lambda pipe: None  # called once on a pipeline that we load ourselves
+    with_sizes: Callable[[Conditioning, Tensor, Tensor, int], Conditioning] = _sizeless  # see `Policy.with_sizes`
 
     def denoiser(self, pipe: Any) -> nn.Module:
         """The network of a pipeline."""

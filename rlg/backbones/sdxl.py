@@ -36,4 +36,13 @@ def forward(network: nn.Module, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning)
     return network(x_BCHW.to(embeds.dtype), t_B, embeds, added_cond_kwargs=added, return_dict=False)[0]
 
 
-BACKBONE = Backbone("unet", ("text_encoder", "text_encoder_2"), UNET_LORA_TARGETS, encode, forward)
+def with_sizes(cond: Conditioning, sizes_B2: Tensor, crops_B2: Tensor, side: int) -> Conditioning:
+    """Time ids (original height, width, crop top, left, target height, width), as SDXL was trained."""
+    target_B2 = torch.full_like(sizes_B2, side)
+    time_ids = torch.cat([sizes_B2, crops_B2, target_B2], dim=1).to(cond.tensors["time_ids"])
+    return Conditioning(cond.tensors | {"time_ids": time_ids})
+
+
+BACKBONE = Backbone(
+    "unet", ("text_encoder", "text_encoder_2"), UNET_LORA_TARGETS, encode, forward, with_sizes=with_sizes
+)

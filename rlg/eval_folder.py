@@ -1,0 +1,90 @@
+"""An evaluation's folder: rows by job, files of several processes joined, and what the rows were made with."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from rlg.stats import Row, read_rows
+
+ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make."""
+
+    prompt_id: int
+    k: int
+    w: float
+    mode: str
+
+
+def collect(folder: Path) -> dict[Job, Row]:
+    """Everything that was scored so far, from scores.jsonl and from the files of processes that did not finish."""
+    return {job: row for file in sorted(folder.glob("scores*.jsonl")) for job, row in read(file).items()}
+
+
+def read(file: Path) -> dict[Job, Row]:
+    """Rows of one file by job; none of a file that is missing or was cut off within its first line."""
+    if not file.is_file() or b"\n" not in file.read_bytes():  # nothing yet, or cut off within its first line
+        return {}
+    return {job_of(row): row for row in read_rows(file)}
+
+
+def merge(folder: Path) -> int:
+    """Join the processes' files into scores.jsonl, one row a job, in a fixed order. Returns the number of rows."""
+    ordered = sorted(collect(folder).items(), key=lambda item: (item[0].mode, item[0].w, item[0].prompt_id, item[0].k))
+    temporary = folder / (ROWS + ".tmp")
+    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for _, row in ordered))
+    temporary.replace(folder / ROWS)
+    for file in folder.glob("scores-*.jsonl"):
+        file.unlink()
+    return len(ordered)
+
+
+def job_of(row: Row) -> Job:
+    """What a row is of."""
+    return Job(row.prompt_id, row.k, row.w, row.mode)
+
+
+def save_images(rows: Iterable[tuple[Row, Tensor]], folder: Path) -> None:
+    """Write images (3, H, W) in [0, 1] as prompt-k-w.png."""
+    folder.mkdir(exist_ok=True)
+    for row, image_3HW in rows:
+        pixels = (image_3HW.permute(1, 2, 0) * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{row.prompt_id}-{row.k}-{row.w:g}.png")
+
+
+def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
+    """Create the folder and meta.json.
+
+    Raises ValueError if it holds an evaluation under other settings, or something that is no evaluation.
+    """
+    file = folder / META
+    if folder.exists() and any(folder.iterdir()) and not file.is_file():
+        raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
+    if overwrite and file.is_file():
+        for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
+            old.unlink()
+    if file.is_file():
+        before = json.loads(file.read_text())
+        changed = [k for k in meta if before.get(k) != meta[k]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds an evaluation with another {changed[0]} ({before.get(changed[0])!r}, not "
+                f"{meta[changed[0]]!r}); give --output another folder, or --overwrite"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    file.write_text(json.dumps(meta | {"created": created, "command": shlex.join(sys.argv)}, indent=1))
