@@ -24,11 +24,18 @@ from rewards import Reward, RewardMix
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.tinyworld import models
+from trainers.dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.nft import NFTConfig, NFTTrainer
 from trainers.online import OnlineTrainer
+from trainers.spo import SPOConfig, SPOTrainer
 
-ONLINE = {"grpo": (GRPOConfig, GRPOTrainer), "nft": (NFTConfig, NFTTrainer)}
+ONLINE = {
+    "grpo": (GRPOConfig, GRPOTrainer),
+    "nft": (NFTConfig, NFTTrainer),
+    "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
+    "spo": (SPOConfig, SPOTrainer),
+}
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue crosses", "three green squares")]
 
 

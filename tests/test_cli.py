@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -188,7 +189,7 @@ def test_evaluate_does_not_mix_with_another_evaluation(refused: Command, checkpo
 )
 def test_sample_options(options: list[str], message: str, refused: Command, checkpoint: Path) -> None:
     assert message in refused(sampling(checkpoint, *options))
-    assert "the following arguments are required: --ckpt, --prompt" in refused(lambda: sample.main([]))
+    assert "the following arguments are required: --ckpt/--tuned, --prompt" in refused(lambda: sample.main([]))
 
 
 def test_sample_does_not_overwrite(refused: Command, checkpoint: Path, tmp_path: Path) -> None:
@@ -347,17 +348,26 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert "are not divisible by" in refused(training("--dry_run", "--per_device_batch_size", "3"))
 
 
-@pytest.mark.parametrize(
-    "config", sorted(ROOT.glob("configs/grpo/*.yaml")) + sorted(ROOT.glob("configs/tiny/*.yaml")), ids=lambda f: f.stem
-)
+TRAINERS = ("grpo", "dpo", "spo", "nft")
+CONFIGS = [file for folder in (*TRAINERS, "tiny") for file in sorted(ROOT.glob(f"configs/{folder}/*.yaml"))]
+
+
+def trainer_of(config: Path) -> str:
+    """The trainer of a config: its folder's, or among the tiny ones that of its name; the demo is GRPO."""
+    named = config.parent.name if config.parent.name != "tiny" else config.stem.split("_")[0]
+    return "grpo" if named == "demo" else named
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda f: f"{f.parent.name}-{f.stem}")
 def test_every_config_resolves(
     config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
+    script = f"train_{trainer_of(config)}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", ["train_grpo.py", "--config", str(config), "--dry_run", "true", "--mixed_precision", "no"]
+        sys, "argv", [f"{script}.py", "--config", str(config), "--dry_run", "true", "--mixed_precision", "no"]
     )
-    train_grpo.main()
+    importlib.import_module(script).main()
     resolved = yaml.safe_load(capfd.readouterr().out)
     written = yaml.safe_load(config.read_text())
     assert {k: resolved[k] for k in written if k != "mixed_precision"} == {

@@ -154,6 +154,9 @@ def test_window_is_stochastic_and_trained_and_nothing_else_is(tiny_trainer: Make
         assert train_steps == schedule.stochastic_steps() == [train_steps[0], train_steps[0] + 1]
         seen.add(train_steps[0])
     assert seen == {0, 1, 2, 3}  # windows end before step 5
+    trainer.config.window_start = 2
+    drawn = [trainer._schedule(torch.Generator().manual_seed(step))[1] for step in range(12)]
+    assert {steps[0] for steps in drawn} == {2, 3}
     trained = []
     trainer.loss = spy(trainer.loss, lambda roll, b, i, advantage: trained.append((i, roll.train_steps)))
     roll = trainer.rollout()

@@ -32,43 +32,28 @@ _COMMAND = ("resume", "overwrite", "dry_run")  # what to do, and no part of what
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
-    """Options that every trainer has. Names follow TRL."""
+class RunConfig:
+    """Options of everything that is trained, policy or not. Names follow TRL."""
 
     model: str = field(metadata={"help": "base model: hub id, folder, or tiny-sd, tiny-sd3, tiny-sdxl"})
     name: str = field(metadata={"help": "name of the run: its folder is output_dir/name"})
     output_dir: str = field(default="runs", metadata={"help": "where run folders go"})
     seed: int = field(default=42, metadata={"help": "decides prompts, noise and initial weights"})
-    reward: list[str] = field(default_factory=list, metadata={"help": "rewards to evaluate"})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "their weights (default: 1 each)"})
-    held_out_reward: list[str] = field(default_factory=list, metadata={"help": "rewards to evaluate but not train on"})
-    eval_prompts: str | None = field(default=None, metadata={"help": "held-out prompts (default: none)"})
     resolution: int | None = field(default=None, metadata={"help": "image side in pixels (default: the model's own)"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the frozen base: float32, bfloat16 or float16"})
     mixed_precision: str = field(default="no", metadata={"help": "autocast around the network: no, bf16 or fp16"})
-    lora_rank: int = field(default=32, metadata={"help": "rank of the LoRA, whose weights are always float32"})
-    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha"})
-    lora_targets: list[str] | None = field(
-        default=None, metadata={"help": "modules (default: the family's attention)"}
-    )
-    num_steps: int = field(default=10, metadata={"help": "denoising steps of a sample"})
     guidance_scale: float = field(default=4.5, metadata={"help": "classifier-free guidance of a sample"})
     per_device_batch_size: int = field(default=8, metadata={"help": "images a batch"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
     max_steps: int = field(default=100, metadata={"help": "iterations"})
     learning_rate: float = field(default=3e-4, metadata={"help": "of AdamW"})
+    warmup_steps: int = field(default=0, metadata={"help": "iterations of linear warm-up of the learning rate"})
     adam_beta1: float = field(default=0.9, metadata={"help": "of AdamW"})
     adam_beta2: float = field(default=0.999, metadata={"help": "of AdamW"})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "of AdamW"})
     weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient norm is clipped to this"})
-    ema_decay: float = field(default=0.9, metadata={"help": "moving average of the LoRA; 0 turns it off"})
-    ema_every: int = field(default=8, metadata={"help": "optimizer steps between updates of the average"})
     save_steps: int = field(default=50, metadata={"help": "iterations between checkpoints"})
     save_total_limit: int | None = field(default=3, metadata={"help": "checkpoints to keep (none: all)"})
-    eval_steps: int = field(default=0, metadata={"help": "iterations between held-out evaluations; 0: never"})
-    eval_num_prompts: int = field(default=64, metadata={"help": "held-out prompts of such an evaluation"})
-    sample_steps: int = field(default=10, metadata={"help": "iterations between sample images; 0: never"})
     report_to: str = field(
         default="none", metadata={"help": "wandb, tensorboard or none; metrics.jsonl is always kept"}
     )
@@ -84,18 +69,45 @@ class TrainConfig:
             raise ValueError(f"report_to must be wandb, tensorboard or none, got {self.report_to!r}")
         if self.resume and self.overwrite:
             raise ValueError("give --resume or --overwrite, not both")
-        if self.eval_steps and not self.eval_prompts:
-            raise ValueError(f"eval_steps = {self.eval_steps} needs eval_prompts, the held-out prompts to evaluate on")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
-        require_positive(self, "max_steps", "lora_rank", "lora_alpha", "save_steps", "save_total_limit", "ema_every")
-        require_positive(self, "learning_rate", "max_grad_norm", "eval_num_prompts", "resolution")
-        require_positive(self, "num_steps", "per_device_batch_size")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        require_positive(self, "max_steps", "save_steps", "save_total_limit", "learning_rate", "max_grad_norm")
+        require_positive(self, "resolution", "per_device_batch_size")
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.output_dir) / self.name
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """Options that every trainer of a policy has."""
+
+    reward: list[str] = field(default_factory=list, metadata={"help": "rewards to evaluate"})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "their weights (default: 1 each)"})
+    held_out_reward: list[str] = field(default_factory=list, metadata={"help": "rewards to evaluate but not train on"})
+    eval_prompts: str | None = field(default=None, metadata={"help": "held-out prompts (default: none)"})
+    lora_rank: int = field(default=32, metadata={"help": "rank of the LoRA, whose weights are always float32"})
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA alpha"})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "modules (default: the family's attention)"}
+    )
+    num_steps: int = field(default=10, metadata={"help": "denoising steps of a sample"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
+    ema_decay: float = field(default=0.9, metadata={"help": "moving average of the LoRA; 0 turns it off"})
+    ema_every: int = field(default=8, metadata={"help": "optimizer steps between updates of the average"})
+    eval_steps: int = field(default=0, metadata={"help": "iterations between held-out evaluations; 0: never"})
+    eval_num_prompts: int = field(default=64, metadata={"help": "held-out prompts of such an evaluation"})
+    sample_steps: int = field(default=10, metadata={"help": "iterations between sample images; 0: never"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_steps and not self.eval_prompts:
+            raise ValueError(f"eval_steps = {self.eval_steps} needs eval_prompts, the held-out prompts to evaluate on")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
+        require_positive(self, "lora_rank", "lora_alpha", "ema_every", "eval_num_prompts", "num_steps")
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -112,7 +124,7 @@ def require_choice(config: Any, name: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}")
 
 
-ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def parse_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
@@ -131,7 +143,7 @@ def parse_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> Conf
     return config
 
 
-def dry_run(config: TrainConfig, derived: Mapping[str, Any]) -> None:
+def dry_run(config: RunConfig, derived: Mapping[str, Any]) -> None:
     """Print the resolved config and what follows from it."""
     print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip())
     print("# derived")
@@ -139,7 +151,7 @@ def dry_run(config: TrainConfig, derived: Mapping[str, Any]) -> None:
         print(f"# {name}: {value}")
 
 
-def check_folder(config: TrainConfig) -> None:
+def check_folder(config: RunConfig) -> None:
     """Raise ValueError where `prepare_folder` would; touches nothing, so that it can come before slow work."""
     folder = config.folder
     if config.resume:
@@ -152,7 +164,7 @@ def check_folder(config: TrainConfig) -> None:
             raise ValueError(f"{folder} is no run folder (it has no {CONFIG}); it is not overwritten")
 
 
-def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
+def prepare_folder(config: RunConfig, accelerator: Accelerator) -> None:
     """Create the run's folder, once nothing else can be refused. Raises ValueError as `check_folder`."""
     if accelerator.is_main_process:
         check_folder(config)
@@ -164,13 +176,13 @@ def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def write_config(config: TrainConfig, folder: Path) -> None:
+def write_config(config: RunConfig, folder: Path) -> None:
     """config.yaml, as --config reads it again."""
     row = {k: v for k, v in dataclasses.asdict(config).items() if k not in _COMMAND}
     (folder / CONFIG).write_text(yaml.safe_dump(row, sort_keys=False))
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+def make_accelerator(config: RunConfig) -> Accelerator:
     """accelerate's engine for this run. Raises ValueError for a tracker that is not installed."""
     if config.report_to not in ("none", *map(str, get_available_trackers())):  # accelerate would drop it in silence
         raise ValueError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
@@ -206,7 +218,7 @@ def prepare_policy(
 class Log:
     """metrics.jsonl, sample grids and the tracker; silent on all processes but the main one."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.folder, self.accelerator = config.folder, accelerator
         if config.report_to != "none":
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(config).items()}

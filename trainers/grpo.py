@@ -52,6 +52,7 @@ class GRPOConfig(OnlineConfig):
     kernel: str = field(default="sde", metadata={"help": "sde (flow SDE, or DDIM) or cps"})
     noise_level: float = field(default=0.7, metadata={"help": "of the kernel; eta for DDIM"})
     window_size: int = field(default=0, metadata={"help": "stochastic steps, in one random window; 0: all steps"})
+    window_start: int = field(default=0, metadata={"help": "windows do not begin before this step"})
     window_end: int | None = field(default=None, metadata={"help": "windows lie before this step (default: half)"})
     num_train_steps: int | None = field(
         default=None, metadata={"help": "random stochastic steps trained (default: all)"}
@@ -68,12 +69,15 @@ class GRPOConfig(OnlineConfig):
         common.require_choice(self, "kl_convention", KL_CONVENTIONS)
         common.require_choice(self, "ratio", RATIOS)
         common.require_positive(self, "num_iterations", "noise_level", "num_train_steps", "window_end", "epsilon")
-        if self.beta < 0 or self.window_size < 0:
-            raise ValueError(f"beta and window_size must not be negative, got {self.beta} and {self.window_size}")
-        if self.window_size and not self.window_size <= self.last_window_step <= self.trained_steps:
+        for name in ("beta", "window_size", "window_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        end = self.window_start + self.window_size
+        if self.window_size and not end <= self.last_window_step <= self.trained_steps:
             raise ValueError(
-                f"a window of {self.window_size} steps must end by window_end = {self.last_window_step}, and that by "
-                f"the last step that is trained, {self.trained_steps} of {self.num_steps}"
+                f"a window of {self.window_size} steps from {self.window_start} on must end by window_end = "
+                f"{self.last_window_step}, and that by the last step that is trained, {self.trained_steps} of "
+                f"{self.num_steps}"
             )
 
     @property
@@ -183,8 +187,8 @@ class GRPOTrainer(OnlineTrainer):
         config = self.config
         window = None
         if config.window_size:
-            latest = config.last_window_step - config.window_size
-            first = int(torch.randint(latest + 1, (1,), generator=generator))
+            places = config.last_window_step - config.window_size - config.window_start + 1
+            first = config.window_start + int(torch.randint(places, (1,), generator=generator))
             window = (first, first + config.window_size)
         schedule = self.policy.schedule(config.num_steps, config.kernel, config.noise_level, window)
         steps = [i for i in schedule.stochastic_steps() if i < config.trained_steps]

@@ -94,6 +94,9 @@ class Trainer:
         """From here on, an optimizer step is taken after every `passes` calls of `backward`."""
         self.accelerator.gradient_accumulation_steps = passes
         self.accelerator.step = 0  # accelerate counts over its whole life: an update must begin with the iteration
+        warm = min(1.0, (self.state.step + 1) / (self.config.warmup_steps + 1))
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * warm
 
     def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Accumulate a loss's gradient, and take the optimizer step when it is due; adds grad_norm to the metrics.

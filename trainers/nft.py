@@ -29,12 +29,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rewards import RewardMix
-from rlg import process, sampling
+from rlg import process
 from rlg.backbones import Conditioning
-from rlg.guidance import with_cfg
 from rlg.prompts import Prompt
 from trainers import common
-from trainers.online import OnlineConfig, OnlineTrainer
+from trainers.online import OnlineConfig, OnlineTrainer, Samples
 
 OLD = "old"  # the adapter that samples
 
@@ -63,16 +62,6 @@ class NFTConfig(OnlineConfig):
     def old_decay(self, step: int) -> float:
         """d after iteration `step`."""
         return min(self.old_decay_rate * max(step - self.old_decay_start, 0), self.old_decay_max)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """One process's share of an iteration's images, in batches."""
-
-    latents: list[Tensor]  # x0, (B, C, H, W) each
-    conds: list[Conditioning]
-    images_B3HW: Tensor
-    prompt_B: Tensor  # index of each sample's prompt
 
 
 def optimality(advantage_B: Tensor, clip: float) -> Tensor:
@@ -116,19 +105,9 @@ class NFTTrainer(OnlineTrainer):
         self.process = self.policy.process()
         self.old = partial(self.policy.predict_as, OLD)
 
-    @torch.no_grad()
     def rollout(self) -> Samples:
         """Sample this process's share of the iteration with the old policy."""
-        size = self.config.per_device_batch_size
-        schedule, parts = self.evaluation_schedule(), self.parts(torch.Generator().manual_seed(self.iteration_seed()))
-        old = with_cfg(self.old, self.negative, self.config.guidance_scale)
-        latents = []
-        for part in parts:
-            with self.accelerator.autocast():
-                latents.append(sampling.sample(old, schedule, part.cond, part.noise))
-        images = torch.cat([self.policy.decode(x0, size) for x0 in latents])
-        prompt_B = torch.cat([part.prompt_B for part in parts])
-        return Samples(latents, [part.cond for part in parts], images, prompt_B)
+        return self.sample_groups(self.old, self.parts(torch.Generator().manual_seed(self.iteration_seed())))
 
     def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
         """All optimizer steps of the iteration, and the old policy's step after the trained one."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from rewards import RewardMix
+from rlg import sampling
 from rlg.backbones import Conditioning
+from rlg.guidance import Predictor, with_cfg
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
 from trainers import common
@@ -29,6 +31,8 @@ SCALES = ("group", "batch", "none")
 @dataclass(kw_only=True)
 class OnlineConfig(TrainConfig):
     """Options of sampling and of advantages; the defaults are Flow-GRPO's."""
+
+    MIN_GENERATIONS: ClassVar[int] = 2  # an algorithm that compares within a group needs two
 
     reward: list[str] = field(metadata={"help": "rewards to train on"})
     prompts: str = field(metadata={"help": "training prompts: tinyworld:composition/train, a .txt or a .jsonl file"})
@@ -46,8 +50,10 @@ class OnlineConfig(TrainConfig):
         super().__post_init__()
         common.require_choice(self, "scale_rewards", SCALES)
         common.require_choice(self, "reward_aggregation", ("sum", "advantage"))
-        if self.num_generations < 2:
-            raise ValueError(f"a group needs at least 2 images, got num_generations {self.num_generations}")
+        if self.num_generations < self.MIN_GENERATIONS:
+            raise ValueError(
+                f"a group needs at least {self.MIN_GENERATIONS} images, got num_generations {self.num_generations}"
+            )
         common.require_positive(self, "num_prompts", "num_updates", "advantage_clip")
 
     def derived(self, processes: int) -> dict[str, int]:
@@ -91,7 +97,7 @@ def group_advantages(
     return centred_B.clamp(-clip, clip)
 
 
-class Samples(Protocol):
+class Scored(Protocol):
     """One process's share of an iteration's images; an algorithm's record adds what it trains on."""
 
     @property
@@ -101,6 +107,16 @@ class Samples(Protocol):
     @property
     def prompt_B(self) -> Tensor:
         """Index of each image's prompt."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples without their trajectories, in batches."""
+
+    latents: list[Tensor]  # x0, (B, C, H, W) each
+    conds: list[Conditioning]
+    images_B3HW: Tensor
+    prompt_B: Tensor  # index of each sample's prompt
 
 
 @dataclass(frozen=True)
@@ -134,11 +150,11 @@ class OnlineTrainer(Trainer):
             )
         super().__init__(config, accelerator, reward, held_out, eval_prompts)
 
-    def rollout(self) -> Samples:
+    def rollout(self) -> Scored:
         """Sample this process's share of the iteration; what it is depends on (seed, iteration) alone."""
         raise NotImplementedError
 
-    def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
+    def update(self, samples: Scored, advantage_B: Tensor) -> dict[str, float]:
         """All optimizer steps of the iteration; returns mean metrics."""
         raise NotImplementedError
 
@@ -172,15 +188,30 @@ class OnlineTrainer(Trainer):
         """The seed of all draws of this iteration."""
         return self.config.seed * 1_000_003 + self.state.step
 
-    def parts(self, generator: torch.Generator) -> list[Part]:
-        """This process's batches: `num_generations` samples of `num_prompts` random prompts, shuffled."""
+    def parts(self, generator: torch.Generator, whole_groups: bool = False) -> list[Part]:
+        """This process's batches: `num_generations` samples of `num_prompts` random prompts.
+
+        Samples are shuffled over batches and processes, or, with `whole_groups`, prompts are.
+        """
         config, size = self.config, self.config.per_device_batch_size
         chosen = torch.randperm(len(self.prompts), generator=generator)[: config.num_prompts]
         pairs = [(int(p), k) for p in chosen for k in range(config.num_generations)]
-        order = torch.randperm(len(pairs), generator=generator)
+        order = torch.arange(len(pairs)) if whole_groups else torch.randperm(len(pairs), generator=generator)
         share = order.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         local = [pairs[i] for i in share.tolist()]
         return [self._part(local[start : start + size]) for start in range(0, len(local), size)]
+
+    @torch.no_grad()
+    def sample_groups(self, predict: Predictor, parts: Sequence[Part]) -> Samples:
+        """Samples of a policy, by the solver of `evaluation_schedule` under the config's guidance."""
+        guided, schedule = with_cfg(predict, self.negative, self.config.guidance_scale), self.evaluation_schedule()
+        latents = []
+        for part in parts:
+            with self.accelerator.autocast():
+                latents.append(sampling.sample(guided, schedule, part.cond, part.noise))
+        images = torch.cat([self.policy.decode(x0, self.config.per_device_batch_size) for x0 in latents])
+        prompt_B = torch.cat([part.prompt_B for part in parts])
+        return Samples(latents, [part.cond for part in parts], images, prompt_B)
 
     def _part(self, pairs: Sequence[tuple[int, int]]) -> Part:
         prompt_ids = [prompt for prompt, _ in pairs]
@@ -193,7 +224,7 @@ class OnlineTrainer(Trainer):
         encoded = self.policy.encode([self.prompts[i].text for i in unique])
         return encoded[torch.tensor([unique.index(i) for i in prompt_ids], device=self.policy.device)]
 
-    def score(self, samples: Samples) -> tuple[Tensor, dict[str, float]]:
+    def score(self, samples: Scored) -> tuple[Tensor, dict[str, float]]:
         """(advantages of this process's samples, metrics over all processes)."""
         config, accelerator = self.config, self.accelerator
         prompts = [self.prompts[i] for i in samples.prompt_B.tolist()]
@@ -233,7 +264,7 @@ def start(config_type: type[OnlineConfig], trainer_type: type[OnlineTrainer], bu
         return
     common.check_folder(config)
     device = str(accelerator.device)
-    reward = build(config.reward, config.reward_weights, device=device)
+    reward = build(config.reward, config.reward_weights, device=device) if config.reward else None
     held_out = build(config.held_out_reward, device=device) if config.held_out_reward else None
     prompts, eval_prompts = common.load_prompts(config)
     trainer_type(config, reward, prompts, eval_prompts, accelerator, held_out).train()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Stable Diffusion XL + SPO, of the paper's table: train on 8 GPUs, then the curve over w. An interrupted run goes on.
+#   bash launch/sdxl_spo.sh data/pickscore/test.txt
+set -euo pipefail
+cd "$(dirname "$0")/.."
+prompts=${1:?a file of held-out prompts, one a line}
+run=runs/sdxl-spo
+accelerate launch --config_file launch/accelerate/8gpu.yaml train_spo.py --config configs/spo/sdxl_4k.yaml \
+    $([ -d "$run" ] && echo --resume)
+last=$(find "$run" -maxdepth 1 -name 'checkpoint-*' | sort -V | tail -1)
+accelerate launch --config_file launch/accelerate/8gpu.yaml -m rlg.evaluate --ckpt "$last" --prompts "$prompts" \
+    --rewards pickscore --scales 0 0.5 1 1.5 2 2.5 3 --sampler ode --steps 50 --k 1

@@ -1,0 +1,324 @@
+"""Diffusion-DPO for noise, velocity and flow models, offline on preference pairs or online on its own samples.
+
+arXiv 2311.12908; for flow models, and online pairs, Flow-GRPO's train_sd3_dpo.py.
+
+    L = -log sigmoid( -beta/2 [ (|out(x_t^w) - y^w|^2 - |ref(x_t^w) - y^w|^2) - (the same of the loser) ] )
+
+x_t = alpha x0 + sigma n, with one t and one noise n for winner and loser; y is the model's own training target; |.|^2
+are means over latent dimensions; ref is the network with its adapter off.
+
+beta has the paper's convention, with the factor 1/2: 5000 for models of noise, 100 for flow models. diffusers' LoRA
+script leaves the 1/2 out: its beta_dpo 2500 is 5000 here. `loss_type` hinge is max(0, 1 - margin) and ipo
+(margin - 1 / (2 beta))^2 on the same margin (the argument of the sigmoid above), as in that script.
+
+Deviations from the public code
+1. Pairs without a preference are dropped and counted (diffusers' script trains on them as if the first had won).
+2. t has the density of the model's own pretraining (`process.sample_t`), shifted where the scheduler shifts.
+3. Latents are the mean of the autoencoder's posterior, not a draw from it, so that they can be cached.
+
+    accelerate launch train_dpo.py --config configs/tiny/dpo_sd3.yaml
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rewards import RewardMix
+from rlg import process
+from rlg.backbones import Conditioning
+from rlg.process import Process
+from rlg.prompts import Prompt
+from trainers import common, preference_data
+from trainers.common import TrainConfig
+from trainers.loop import Trainer
+from trainers.online import OnlineConfig, OnlineTrainer, Samples
+from trainers.preference_data import PairBatch
+
+LOSSES = ("sigmoid", "hinge", "ipo")
+
+
+@dataclass(kw_only=True)
+class LossConfig(TrainConfig):
+    """Options of the loss; the defaults are the paper's."""
+
+    beta: float = field(default=5000.0, metadata={"help": "strength of the KL, with the factor 1/2 of the paper"})
+    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid, hinge or ipo"})
+    caption_dropout: float = field(default=0.2, metadata={"help": "share of pairs trained with an empty caption"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require_choice(self, "loss_type", LOSSES)
+        common.require_positive(self, "beta")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}")
+
+
+@dataclass(kw_only=True)
+class DPOConfig(LossConfig):
+    """Options of offline DPO. `reward` is what held-out images are evaluated on; no reward is trained on."""
+
+    data: str = field(metadata={"help": "preference pairs: hub id, .parquet, .jsonl or a folder"})
+    data_split: str = field(default="train", metadata={"help": "split to train on"})
+    image_root: str | None = field(default=None, metadata={"help": "where relative image paths begin"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read pairs when they are needed: sets larger than disk"}
+    )
+    random_crop: bool = field(default=False, metadata={"help": "crop at a random place instead of the centre"})
+    true_sizes: bool = field(
+        default=False, metadata={"help": "condition on each image's own size and crop, where the model can"}
+    )
+    cache: bool = field(default=False, metadata={"help": "keep latents and encoded captions in memory"})
+    accumulation_steps: int = field(default=1, metadata={"help": "batches an optimizer step, on each process"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require_positive(self, "accumulation_steps")
+        if self.cache and (self.random_crop or self.streaming):
+            raise ValueError("cache keeps latents of one crop of a set that fits; leave out random_crop and streaming")
+
+    def derived(self, processes: int) -> dict[str, int]:
+        """Counts that follow from the sizes."""
+        pairs = processes * self.per_device_batch_size * self.accumulation_steps
+        return {"processes": processes, "pairs_per_update": pairs, "pairs_in_total": pairs * self.max_steps}
+
+
+@dataclass(kw_only=True)
+class OnlineDPOConfig(OnlineConfig, LossConfig):
+    """Options of online DPO: a pair is the best and the worst of a group under the reward."""
+
+    def derived(self, processes: int) -> dict[str, int]:
+        """Counts that follow from the sizes; whole groups lie on one process."""
+        if self.num_prompts % (processes * self.num_updates):
+            raise ValueError(
+                f"num_prompts = {self.num_prompts} groups are not divisible by processes * num_updates = "
+                f"{processes * self.num_updates}"
+            )
+        counts = super().derived(processes)
+        return counts | {"pairs_per_update": self.num_prompts // self.num_updates}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean squared errors of pairs, (B,) each; the model's have a gradient."""
+
+    winner_B: Tensor
+    loser_B: Tensor
+    ref_winner_B: Tensor
+    ref_loser_B: Tensor
+
+
+def dpo_loss(errors: Errors, beta: float, loss_type: str = "sigmoid") -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of B pairs and its metrics; accuracy counts a margin of exactly 0 as half (the official code's rule)."""
+    model_B, ref_B = errors.winner_B - errors.loser_B, errors.ref_winner_B - errors.ref_loser_B
+    margin_B = -0.5 * beta * (model_B - ref_B)
+    if loss_type == "sigmoid":
+        loss_B = -logsigmoid(margin_B)
+    elif loss_type == "hinge":
+        loss_B = (1 - margin_B).relu()
+    else:
+        loss_B = (margin_B - 1 / (2 * beta)) ** 2
+    loss = loss_B.mean()
+    metrics = {
+        "loss": loss,
+        "accuracy": (margin_B > 0).float().mean() + 0.5 * (margin_B == 0).float().mean(),
+        "margin": margin_B.mean(),
+        "model_mse": (errors.winner_B + errors.loser_B).mean() / 2,
+        "ref_mse": (errors.ref_winner_B + errors.ref_loser_B).mean() / 2,
+        "winner_gain": (errors.ref_winner_B - errors.winner_B).mean(),
+        "loser_gain": (errors.ref_loser_B - errors.loser_B).mean(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+@dataclass(frozen=True)
+class LatentPairs:
+    """B pairs as the loss takes them; the two conditionings differ in sizes and crops alone."""
+
+    winner_BCHW: Tensor
+    loser_BCHW: Tensor
+    winner_cond: Conditioning
+    loser_cond: Conditioning
+
+
+class PairLoss:
+    """The loss of latent pairs under a trainer's policy, for both trainers."""
+
+    def __init__(self, trainer: Trainer, config: LossConfig):
+        self.policy, self.autocast, self.config = trainer.policy, trainer.accelerator.autocast, config
+        self.process: Process = trainer.policy.process()
+
+    def __call__(self, pairs: LatentPairs, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss at one random noise level a pair, shared by winner and loser as the noise is."""
+        x0 = torch.cat([pairs.winner_BCHW, pairs.loser_BCHW])
+        count = len(pairs.winner_BCHW)
+        rows_B = process.sample_t(self.process, count, generator).repeat(2)
+        noise = torch.randn(pairs.winner_BCHW.shape, generator=generator).to(x0.device).repeat(2, 1, 1, 1)
+        x_t, target = process.noise(self.process, rows_B, x0, noise)
+        t_B, cond = self.process.time[rows_B].to(x0.device), Conditioning.cat([pairs.winner_cond, pairs.loser_cond])
+        with self.autocast():
+            with torch.no_grad():
+                ref = self.policy.reference(x_t, t_B, cond)
+            out = self.policy.predict(x_t, t_B, cond)
+        model_B, ref_B = ((y.float() - target).square().flatten(1).mean(dim=1) for y in (out, ref))
+        errors = Errors(*model_B.split(count), *ref_B.split(count))
+        return dpo_loss(errors, self.config.beta, self.config.loss_type)
+
+    def drop_captions(self, captions: Sequence[str], generator: torch.Generator) -> list[str]:
+        """The captions, some of them emptied."""
+        dropped = torch.rand(len(captions), generator=generator) < self.config.caption_dropout
+        return ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+
+
+class DPOTrainer(Trainer):
+    """Pairs from a data set; see the module's docstring."""
+
+    shown = ("loss", "accuracy", "margin", "seconds_per_pair")
+    config: DPOConfig
+
+    def __init__(
+        self,
+        config: DPOConfig,
+        reward: RewardMix | None = None,
+        prompts: Sequence[Prompt] = (),
+        eval_prompts: Sequence[Prompt] = (),
+        accelerator: Accelerator | None = None,
+        held_out: RewardMix | None = None,
+    ):
+        super().__init__(config, accelerator, reward, held_out, eval_prompts)
+        self.pair_loss = PairLoss(self, config)
+        self.resolution = config.resolution or self.policy.image_size()
+        pairs = preference_data.load(config.data, config.data_split, config.streaming, image_root=config.image_root)
+        self.batches = preference_data.Batches(
+            pairs,
+            config.per_device_batch_size * self.accelerator.num_processes,
+            self.resolution,
+            config.seed,
+            config.random_crop,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self._latents: dict[int, tuple[Tensor, Tensor]] = {}
+        self._conds: dict[str, Conditioning] = {}
+        self._stream: Iterator[PairBatch] | None = None
+        if self.accelerator.is_main_process:
+            print(pairs.counts)
+
+    def iteration(self, log: common.Log | None = None) -> dict[str, float]:
+        """One optimizer step; what it is trained on depends on (seed, step) alone."""
+        started, config = time.perf_counter(), self.config
+        self.begin_updates(config.accumulation_steps)
+        seed = (config.seed * 1_000_003 + self.state.step) * 1009 + self.accelerator.process_index
+        generator = torch.Generator().manual_seed(seed)
+        collected: list[dict[str, Tensor]] = []
+        for batch in self._next_batches():
+            pairs = self._prepare(batch, generator)
+            with self.accelerator.accumulate(self.policy.wrapped):
+                loss, metrics = self.pair_loss(pairs, generator)
+                self.backward(loss, metrics)
+            collected.append(metrics)
+        self.state.step += 1
+        pairs_seen = self.counts["pairs_per_update"]
+        counters = self.state.counters
+        counters["pairs"] = counters.get("pairs", 0) + pairs_seen
+        seconds = time.perf_counter() - started
+        return self.mean_metrics(collected) | {"pairs": counters["pairs"], "seconds_per_pair": seconds / pairs_seen}
+
+    def _next_batches(self) -> Iterator[PairBatch]:
+        """The batches of this step, read ahead in the background from the first step on."""
+        count = self.config.accumulation_steps
+        if self._stream is None:
+            first, last = self.state.step * count, self.config.max_steps * count
+            self._stream = self.batches.iterate(first, max(last, first + count))
+        for _ in range(count):
+            yield next(self._stream)
+
+    @torch.no_grad()
+    def _prepare(self, batch: PairBatch, generator: torch.Generator) -> LatentPairs:
+        winners, losers = self._encode_images(batch)
+        cond = self._encode(self.pair_loss.drop_captions(batch.captions, generator))
+        if not self.config.true_sizes:
+            return LatentPairs(winners, losers, cond, cond)
+        sizes = ((batch.sizes_B2, batch.crops_B2), (batch.loser_sizes_B2, batch.loser_crops_B2))
+        conds = (self.policy.with_sizes(cond, size, crop, self.resolution) for size, crop in sizes)
+        return LatentPairs(winners, losers, *conds)
+
+    def _encode(self, captions: Sequence[str]) -> Conditioning:
+        if not self.config.cache:
+            return self.policy.encode(captions)
+        new = [text for text in dict.fromkeys(captions) if text not in self._conds]
+        if new:
+            encoded = self.policy.encode(new).to("cpu")
+            self._conds |= {text: encoded[i : i + 1] for i, text in enumerate(new)}
+        return Conditioning.cat([self._conds[text] for text in captions]).to(self.policy.device)
+
+    def _encode_images(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        indices = batch.indices_B.tolist()
+        if not all(i in self._latents for i in indices):
+            latents = self.policy.encode_images(torch.cat([batch.winners_B3HW, batch.losers_B3HW]))
+            winners, losers = latents.chunk(2)
+            if not self.config.cache:
+                return winners, losers
+            rows = zip(indices, winners.cpu(), losers.cpu(), strict=True)
+            self._latents |= {i: (winner, loser) for i, winner, loser in rows}
+        winners, losers = zip(*(self._latents[i] for i in indices), strict=True)
+        return torch.stack(winners).to(self.policy.device), torch.stack(losers).to(self.policy.device)
+
+
+class OnlineDPOTrainer(OnlineTrainer):
+    """Pairs are the best and the worst of each group of the policy's own samples, under the reward."""
+
+    shown = ("reward", "loss", "accuracy", "seconds_per_image")
+    config: OnlineDPOConfig
+
+    def __init__(
+        self,
+        config: OnlineDPOConfig,
+        reward: RewardMix,
+        prompts: Sequence[Prompt],
+        eval_prompts: Sequence[Prompt] = (),
+        accelerator: Accelerator | None = None,
+        held_out: RewardMix | None = None,
+    ):
+        super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
+        self.pair_loss = PairLoss(self, config)
+
+    def rollout(self) -> Samples:
+        """Sample this process's groups with the policy as it is."""
+        generator = torch.Generator().manual_seed(self.iteration_seed())
+        return self.sample_groups(self.policy.predict, self.parts(generator, whole_groups=True))
+
+    def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
+        """All optimizer steps of the iteration; a group whose images score alike has no pair and a loss of 0."""
+        config = self.config
+        x0, size = torch.cat(samples.latents), config.num_generations
+        best, worst, differ = best_and_worst(advantage_B.cpu().view(-1, size))
+        generator = torch.Generator().manual_seed(self.iteration_seed() * 1009 + self.accelerator.process_index)
+        chunks = torch.arange(len(best)).split(-(-len(best) // config.num_updates))
+        collected: list[dict[str, Tensor]] = []
+        for chunk in chunks:
+            batches = chunk.split(config.per_device_batch_size)
+            self.begin_updates(len(batches))
+            for groups in batches:
+                captions = [self.prompts[i].text for i in samples.prompt_B[groups * size].tolist()]
+                cond = self.policy.encode(self.pair_loss.drop_captions(captions, generator))
+                kept = differ[groups].to(x0.device)
+                pairs = LatentPairs(x0[best[groups]], x0[worst[groups]], cond, cond)
+                with self.accelerator.accumulate(self.policy.wrapped):
+                    loss, metrics = self.pair_loss(pairs, generator)
+                    self.backward(loss, metrics)
+                collected.append(metrics | {"pairs_kept": kept.float().mean()})
+        return self.mean_metrics(collected)
+
+
+def best_and_worst(score_GK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(indices of the best, of the worst, whether they differ) of G groups of K samples that follow one another."""
+    start_G = torch.arange(len(score_GK)) * score_GK.shape[1]
+    best_G, worst_G = score_GK.argmax(dim=1), score_GK.argmin(dim=1)
+    return start_G + best_G, start_G + worst_G, best_G != worst_G
