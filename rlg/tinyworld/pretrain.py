@@ -237,7 +237,7 @@ def train_denoiser(
 
 
 DEFAULTS = {
-    "sd3": Budget(vae_steps=1200, vae_batch=32, steps=4800, batch=64, scenes=60_000, lr=1e-3),
+    "sd3": Budget(vae_steps=1200, vae_batch=32, steps=8000, batch=64, scenes=60_000, lr=1e-3),
     "sd": Budget(vae_steps=1200, vae_batch=32, steps=2600, batch=64, scenes=60_000, lr=1e-3),
 }
 
