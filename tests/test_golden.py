@@ -22,7 +22,14 @@ RECORDED = ("loss", "grad_norm", "kl")
 SETTINGS = {
     "grpo": {"beta": 1.0},
     "nft": {"kl_coef": 0.1, "num_train_steps": 2, "old_decay_rate": 0.1},
-    "spo": {"divert_start_step": 1, "num_candidates": 3, "threshold": 0.0, "pairs_per_update": 4},
+    "spo": {
+        "divert_start_step": 0,
+        "divert_end_step": 2,
+        "num_candidates": 3,
+        "threshold": 0.0,
+        "pairs_per_update": 4,
+        "epsilon": 0.5,
+    },
 }
 
 

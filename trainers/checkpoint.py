@@ -156,7 +156,7 @@ def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> 
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{found[-1]} is damaged ({error}); remove it to resume from an earlier one") from error
     if accelerator.is_main_process:
-        _truncate_metrics(config.folder / METRICS, state.step)
+        truncate_metrics(config.folder / METRICS, state.step)
 
 
 def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
@@ -192,7 +192,8 @@ def _warn_of_changes(config: TrainConfig, file: Path) -> None:
             warnings.warn(f"resuming with {name} = {value!r}; it was {before[name]!r}", stacklevel=3)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
+    """Forget the metrics of later steps, and a line that was cut off."""
     lines = path.read_text().splitlines() if path.is_file() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     temporary = path.with_suffix(".tmp")

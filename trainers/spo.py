@@ -1,0 +1,413 @@
+"""SPO, preference optimisation step by step on the model's own samples, for all families (arXiv 2406.04314).
+
+    L = -log sigmoid( beta (log R_w - log R_l) ),   R = clip( pi_theta(x' | x) / pi_ref(x' | x), 1 - eps, 1 + eps )
+
+From step `divert_start_step` on, k candidates x' are drawn from the SAME x. What the network makes of each at the next
+time, x0_hat (at the end, x0 itself), is decoded and scored: top is the winner w, bottom the loser l, and the pair is
+kept iff the two entries of softmax([s_w, s_l]) differ by more than `threshold`. A uniformly random candidate, and not
+the winner by right, continues the chain, so that later pairs do not depend on earlier scores. Scores come from a
+step-aware preference model (`preference_model`, which is told the time) or from any reward, whose scale
+`score_scale` brings to the threshold's units: a gap s_w - s_l is kept iff tanh(score_scale * gap / 2) > threshold.
+
+Log-probabilities are means over latent dimensions; ref is the network with its adapter off. With `compare_every` m,
+candidates go m steps alone before they are scored, and each of the m transitions is a pair (the published runs on
+large models: 4); with 1, winner and loser share x, hence one network evaluation.
+
+Deviations from the paper and the official code
+1. Gradients are clipped: the official clip_grad_norm_ gets an iterator that the optimizer has already used up.
+2. No second copy of the network for ref.
+3. Candidates, and who continues, depend on (seed, iteration, prompt, k) alone, and not on a global generator.
+4. All processes' kept pairs of an iteration are dealt out to updates of at most `pairs_per_update` pairs, which are
+   as equal as they can be, none is dropped, and a loss is the mean over the pairs of its update.
+
+    accelerate launch train_spo.py --config configs/tiny/spo_sd3.yaml
+
+Legend: B chains or pairs of a batch, K candidates, P pairs of one process.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rewards import RewardMix
+from rlg import process, sampling
+from rlg.backbones import Conditioning
+from rlg.guidance import with_cfg
+from rlg.process import Schedule
+from rlg.prompts import Prompt
+from trainers import common
+from trainers.online import OnlineConfig, OnlineTrainer, Part
+
+_UNUSED = ("scale_rewards", "advantage_clip", "reward_aggregation")  # there are no advantages
+
+
+@dataclass(kw_only=True)
+class SPOConfig(OnlineConfig):
+    """Options of SPO; the defaults are those of the official run on Stable Diffusion 1.5 (4 GPUs)."""
+
+    MIN_GENERATIONS = 1
+
+    reward: list[str] = field(
+        default_factory=list, metadata={"help": "rewards that judge candidates, if preference_model does not"}
+    )
+    preference_model: str | None = field(
+        default=None, metadata={"help": "step-aware model that judges candidates: a folder, or .safetensors"}
+    )
+    num_prompts: int = field(default=40, metadata={"help": "prompts an iteration, over all processes"})
+    num_generations: int = field(default=1, metadata={"help": "chains a prompt"})
+    per_device_batch_size: int = field(default=10, metadata={"help": "chains, or pairs, a batch"})
+    num_steps: int = field(default=20, metadata={"help": "denoising steps of a sample"})
+    kernel: str = field(default="sde", metadata={"help": "sde (flow SDE, or DDIM) or cps"})
+    noise_level: float = field(default=1.0, metadata={"help": "of the kernel; eta for DDIM"})
+    guidance_scale: float = field(default=5.0, metadata={"help": "classifier-free guidance of a sample"})
+    train_guidance: float | None = field(
+        default=None, metadata={"help": "guidance of policy and reference in the loss (default: guidance_scale)"}
+    )
+    divert_start_step: int = field(default=4, metadata={"help": "first step with candidates"})
+    divert_end_step: int | None = field(default=None, metadata={"help": "steps from here on have none (default: all)"})
+    compare_every: int = field(default=1, metadata={"help": "steps that candidates go before they are compared"})
+    num_candidates: int = field(default=4, metadata={"help": "candidates drawn from one x"})
+    threshold: float = field(default=0.3, metadata={"help": "least difference of the softmax of the two scores"})
+    score_scale: float = field(default=1.0, metadata={"help": "scores are multiplied by this before the softmax"})
+    pairs_per_update: int | None = field(
+        default=40, metadata={"help": "pairs an optimizer step, over all processes (none: those of an iteration)"}
+    )
+    beta: float = field(default=10.0, metadata={"help": "strength of the preference"})
+    epsilon: float = field(default=0.1, metadata={"help": "clip range of the ratios"})
+    learning_rate: float = field(default=6e-5, metadata={"help": "of AdamW"})
+    lora_rank: int = field(default=4, metadata={"help": "rank of the LoRA, whose weights are always float32"})
+    lora_alpha: int = field(default=4, metadata={"help": "LoRA alpha"})
+    ema_decay: float = field(default=0.0, metadata={"help": "moving average of the LoRA; 0 turns it off"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require_choice(self, "kernel", ("sde", "cps"))
+        common.require_positive(self, "noise_level", "compare_every", "score_scale", "pairs_per_update", "beta")
+        if not self.reward and not self.preference_model:
+            raise ValueError("nothing judges the candidates: give reward, or preference_model")
+        if self.num_candidates < 2:
+            raise ValueError(f"a pair needs at least 2 candidates, got num_candidates {self.num_candidates}")
+        if not 0 <= self.divert_start_step < self.last_step <= self.num_steps:
+            raise ValueError(
+                f"no step has candidates: divert_start_step {self.divert_start_step} and divert_end_step "
+                f"{self.last_step} must lie in this order within the {self.num_steps} steps"
+            )
+        for name in ("threshold", "epsilon"):
+            if not 0 <= getattr(self, name) < 1 or (name == "epsilon" and self.epsilon == 0):
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.num_updates != 1:
+            raise ValueError(f"SPO counts updates by pairs: give pairs_per_update, not num_updates {self.num_updates}")
+        ignored = [f.name for f in fields(self) if f.name in _UNUSED and getattr(self, f.name) != f.default]
+        if ignored:
+            warnings.warn(f"SPO has no advantages: {', '.join(ignored)} is ignored", stacklevel=2)
+
+    @property
+    def last_step(self) -> int:
+        """Steps before this one may have candidates."""
+        return self.num_steps if self.divert_end_step is None else self.divert_end_step
+
+    def derived(self, processes: int) -> dict[str, int]:
+        """As of every online trainer, but updates are counted by pairs, of which these are upper bounds."""
+        counts = super().derived(processes)
+        del counts["images_per_update"], counts["updates_per_iteration"]
+        pairs = counts["images_per_iteration"] * (self.last_step - self.divert_start_step)
+        updates = -(-pairs // self.pairs_per_update) if self.pairs_per_update else 1
+        return counts | {"pairs_per_iteration_at_most": pairs, "updates_per_iteration_at_most": updates}
+
+
+def spo_loss(
+    win_log_ratio_B: Tensor, lose_log_ratio_B: Tensor, weight_B: Tensor, beta: float, epsilon: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of B pairs' losses, and metrics with the same weights.
+
+    log ratios: log pi_theta - log pi_ref of winner and loser, (B,), with gradient; weights: 1 / B for a plain mean.
+    """
+    low, high = math.log(1 - epsilon), math.log(1 + epsilon)
+    win_B, lose_B = win_log_ratio_B.clamp(low, high), lose_log_ratio_B.clamp(low, high)
+    loss = (weight_B * -logsigmoid(beta * (win_B - lose_B))).sum()
+    outside_B = ((win_B != win_log_ratio_B).float() + (lose_B != lose_log_ratio_B).float()) / 2
+    margin_B = win_log_ratio_B - lose_log_ratio_B
+    metrics = {
+        "loss": loss,
+        "ratio_win": (weight_B * win_B.exp()).sum(),
+        "ratio_lose": (weight_B * lose_B.exp()).sum(),
+        "clip_fraction": (weight_B * outside_B).sum(),
+        "accuracy": (weight_B * ((margin_B > 0).float() + 0.5 * (margin_B == 0).float())).sum(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def choose_pairs(score_KB: Tensor, threshold: float, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(index of the winner, of the loser, whether the pair is kept), (B,) each."""
+    win_B, lose_B = score_KB.argmax(dim=0), score_KB.argmin(dim=0)
+    top_2B = scale * torch.stack([score_KB.amax(dim=0), score_KB.amin(dim=0)])
+    share_2B = top_2B.softmax(dim=0)
+    return win_B, lose_B, share_2B[0] - share_2B[1] > threshold
+
+
+class StepScorer(Protocol):
+    """Judges what the network makes of a state of the chain."""
+
+    def score(
+        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], t_B: Tensor
+    ) -> Tensor:
+        """(B,) scores of images in [0, 1], estimates of x0 at the network's time t (0: x0 itself)."""
+
+
+@dataclass(frozen=True)
+class RewardScorer:
+    """Any reward as a scorer that does not know the time."""
+
+    reward: RewardMix
+
+    def score(
+        self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], t_B: Tensor
+    ) -> Tensor:
+        """The rewards' weighted total."""
+        return self.reward(images_B3HW, prompts, metadata).total_B
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """P pairs of transitions: all that were compared, kept or not; on the policy's device."""
+
+    win_x_PCHW: Tensor  # before the step; equal to lose_x where candidates are compared after every step
+    win_next_PCHW: Tensor  # and after it
+    lose_x_PCHW: Tensor
+    lose_next_PCHW: Tensor
+    step_P: Tensor  # index of the denoising step
+    chain_P: Tensor  # index of the chain
+    kept_P: Tensor  # bool
+
+    def __getitem__(self, index: Tensor) -> Pairs:
+        return Pairs(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @staticmethod
+    def cat(parts: Sequence[Pairs]) -> Pairs:
+        """All of them."""
+        return Pairs(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Pairs)))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One process's chains of an iteration, and the pairs of their candidates."""
+
+    images_B3HW: Tensor  # the chains' ends
+    prompt_B: Tensor  # index of each chain's prompt
+    cond: Conditioning  # of each chain
+    pairs: Pairs
+    scores_N: Tensor  # of all candidates, fp32 on CPU
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Race:
+    """Candidates that left one x of each chain, S steps later."""
+
+    states_KSBCHW: Tensor  # (K, S + 1, B, C, H, W)
+    outs_KBCHW: Tensor | None  # the network's output after the last step; None at the end of the chain
+    score_KB: Tensor  # on CPU
+
+
+class SPOTrainer(OnlineTrainer):
+    """Diverge, score, pair, update; see the module's docstring."""
+
+    shown = ("reward", "preference_mean", "pairs_kept", "loss")
+    config: SPOConfig
+
+    def __init__(
+        self,
+        config: SPOConfig,
+        reward: RewardMix | None,
+        prompts: Sequence[Prompt],
+        eval_prompts: Sequence[Prompt] = (),
+        accelerator: Accelerator | None = None,
+        held_out: RewardMix | None = None,
+        scorer: StepScorer | None = None,
+    ):
+        super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
+        if scorer is None and reward is None:
+            raise ValueError("nothing judges the candidates: give a reward or a scorer")
+        self.scorer: StepScorer = scorer or RewardScorer(reward)
+        scale = config.guidance_scale if config.train_guidance is None else config.train_guidance
+        self.train_tuned = with_cfg(self.policy.predict, self.negative, scale)
+        self.train_reference = with_cfg(self.policy.reference, self.negative, scale)
+        self.segments = self._segments(self.evaluation_schedule())
+
+    def evaluation_schedule(self) -> Schedule:
+        """The kernel that is trained, stochastic in every step."""
+        return self.policy.schedule(self.config.num_steps, self.config.kernel, self.config.noise_level)
+
+    def _segments(self, schedule: Schedule) -> list[tuple[int, int]]:
+        """(first, last) of each race: first <= i < last are its steps. Raises ValueError if there is none."""
+        config, stochastic = self.config, set(schedule.stochastic_steps())
+        steps = [i for i in range(config.divert_start_step, config.last_step) if i in stochastic]
+        if not steps:
+            raise ValueError(
+                f"no step from {config.divert_start_step} to {config.last_step} of {config.kernel} is stochastic"
+            )
+        end = steps[-1] + 1
+        return [(i, min(i + config.compare_every, end)) for i in range(steps[0], end, config.compare_every)]
+
+    @torch.no_grad()
+    def rollout(self) -> Rollout:
+        """This process's chains and pairs; what they are depends on (seed, iteration) and the scores alone."""
+        schedule = self.evaluation_schedule()
+        parts = self.parts(torch.Generator().manual_seed(self.iteration_seed()))
+        ends, pairs, scores, count = [], [], [], 0
+        for part in parts:
+            x0, found, score_N = self._chains(schedule, part, count)
+            ends.append(x0)
+            pairs += found
+            scores.append(score_N)
+            count += len(x0)
+        return Rollout(
+            torch.cat([self.policy.decode(x0, self.config.per_device_batch_size) for x0 in ends]),
+            torch.cat([part.prompt_B for part in parts]),
+            Conditioning.cat([part.cond for part in parts]),
+            Pairs.cat(pairs),
+            torch.cat(scores),
+            schedule,
+        )
+
+    def _chains(self, schedule: Schedule, part: Part, first_chain: int) -> tuple[Tensor, list[Pairs], Tensor]:
+        """(x0, pairs of each race, all scores) of a batch of chains."""
+        races, i = dict(self.segments), 0
+        choosers = [sample.generator("choice") for sample in part.noise.ids]
+        x: Tensor = part.noise.initial()
+        out = self._predict(schedule, 0, x, part.cond)
+        pairs, scores = [], []
+        while i < len(schedule):
+            if i in races:
+                race = self._race(schedule, (i, races[i]), x, out, part)
+                pairs.append(self._pairs(race, i, first_chain))
+                scores.append(race.score_KB.flatten())
+                rows = torch.arange(len(x))
+                chosen = torch.cat([torch.randint(self.config.num_candidates, (1,), generator=g) for g in choosers])
+                x, i = race.states_KSBCHW[chosen, -1, rows], races[i]
+                out = race.outs_KBCHW[chosen, rows] if race.outs_KBCHW is not None else None
+            else:
+                noise = part.noise.step() if schedule.std[i] > 0 else None
+                x, i = process.step(schedule, i, x, out, noise), i + 1
+                out = self._predict(schedule, i, x, part.cond)
+        return x, pairs, torch.cat(scores)
+
+    def _predict(self, schedule: Schedule, i: int, x: Tensor, cond: Conditioning) -> Tensor | None:
+        """The network's output before step i; None after the last."""
+        if i == len(schedule):
+            return None
+        with self.accelerator.autocast():
+            return self.tuned(x, sampling.times(schedule, i, len(x)), cond).float()
+
+    def _race(self, schedule: Schedule, span: tuple[int, int], x: Tensor, out: Tensor, part: Part) -> Race:
+        """Candidates one after the other, so that a batch of the network is no larger than the config says."""
+        states, outs, scores = [], [], []
+        for _ in range(self.config.num_candidates):
+            path, ahead = [x], out
+            for i in range(*span):
+                path.append(process.step(schedule, i, path[-1], ahead, part.noise.step()))
+                ahead = self._predict(schedule, i + 1, path[-1], part.cond)
+            states.append(torch.stack(path))
+            outs.append(ahead)
+            scores.append(self._score(schedule, span[1], path[-1], ahead, part))
+        ahead_KBCHW = None if outs[0] is None else torch.stack(outs)
+        return Race(torch.stack(states), ahead_KBCHW, torch.stack(scores))
+
+    def _score(self, schedule: Schedule, i: int, x: Tensor, out: Tensor | None, part: Part) -> Tensor:
+        """(B,) scores of x as the state before step i, or as the end of the chain."""
+        x0 = x if out is None else process.predict_x0(schedule, i, x, out)
+        t_B = torch.zeros(len(x), device=x.device) if out is None else sampling.times(schedule, i, len(x))
+        prompts = [self.prompts[p] for p in part.prompt_B.tolist()]
+        images = self.policy.decode(x0, self.config.per_device_batch_size)
+        score_B = self.scorer.score(images, [p.text for p in prompts], [p.metadata for p in prompts], t_B)
+        return score_B.detach().float().cpu()
+
+    def _pairs(self, race: Race, first: int, first_chain: int) -> Pairs:
+        _, states, count = race.states_KSBCHW.shape[:3]
+        win_B, lose_B, kept_B = choose_pairs(race.score_KB, self.config.threshold, self.config.score_scale)
+        rows, steps = torch.arange(count), states - 1
+        win, lose = (race.states_KSBCHW[index_B, :, rows] for index_B in (win_B, lose_B))  # (B, S + 1, C, H, W)
+        device = win.device
+        return Pairs(
+            *(x.flatten(0, 1) for x in (win[:, :-1], win[:, 1:], lose[:, :-1], lose[:, 1:])),
+            torch.arange(first, first + steps, device=device).repeat(count),
+            (first_chain + rows).repeat_interleave(steps).to(device),
+            kept_B.repeat_interleave(steps).to(device),
+        )
+
+    def score(self, samples: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """(zeros, for there are no advantages; metrics of the chains' ends over all processes)."""
+        score_N = self.accelerator.gather(samples.scores_N.to(self.accelerator.device))
+        metrics = {"preference_mean": float(score_N.mean()), "preference_std": float(score_N.std(unbiased=False))}
+        if self.reward is not None:
+            metrics |= super().score(samples)[1]
+        return torch.zeros(len(samples.prompt_B)), metrics
+
+    def update(self, roll: Rollout, advantage_B: Tensor) -> dict[str, float]:
+        """All optimizer steps of the iteration: none if no pair was kept."""
+        config, rank = self.config, self.accelerator.process_index
+        kept_P = roll.pairs.kept_P.cpu().nonzero().flatten()
+        generator = torch.Generator().manual_seed(self.iteration_seed() * 1009 + rank)
+        kept_P = kept_P[torch.randperm(len(kept_P), generator=generator)]
+        count = int(self._on_all(len(kept_P)).sum())
+        updates = -(-count // (config.pairs_per_update or max(count, 1)))
+        made, collected = 0, []
+        for chunk in kept_P.tensor_split(updates) if updates else ():
+            rows = self._one_update(roll, chunk)
+            made += bool(rows)
+            collected += rows
+        compared = int(self._on_all(len(roll.pairs.kept_P)).sum())
+        metrics = self.mean_metrics(collected) if collected else {}
+        return metrics | {"pairs": count, "pairs_kept": count / compared, "updates": made}
+
+    def _one_update(self, roll: Rollout, chosen: Tensor) -> list[dict[str, Tensor]]:
+        """One optimizer step on these of this process's pairs, in batches of one size; [] if no process has any."""
+        size, world = self.config.per_device_batch_size, self.accelerator.num_processes
+        counts = self._on_all(len(chosen))
+        passes, total = -(-int(counts.max()) // size), int(counts.sum())
+        if not total:
+            return []
+        self.begin_updates(passes)
+        collected = []
+        for n in range(passes):
+            index = chosen[n * size : (n + 1) * size]
+            weight_B = torch.zeros(size, device=self.policy.device)
+            weight_B[: len(index)] = passes * world / total  # gradients are averaged over passes and processes
+            index = torch.cat([index, index.new_zeros(size - len(index))]).to(self.policy.device)
+            with self.accelerator.accumulate(self.policy.wrapped):
+                loss, metrics = self.loss(roll, index, weight_B)
+                self.backward(loss, metrics)
+            collected.append(metrics)
+        return collected
+
+    def _on_all(self, count: int) -> Tensor:
+        """Every process's count."""
+        return self.accelerator.gather(torch.tensor([count], device=self.accelerator.device))
+
+    def loss(self, roll: Rollout, index_B: Tensor, weight_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of the pairs at these indices."""
+        pairs, schedule = roll.pairs[index_B], roll.schedule
+        copies = 1 if self.config.compare_every == 1 else 2  # winner and loser of one x share the network's output
+        x = torch.cat([pairs.win_x_PCHW, pairs.lose_x_PCHW][:copies])
+        t_B, cond = schedule.t[pairs.step_P].repeat(copies), Conditioning.cat([roll.cond[pairs.chain_P]] * copies)
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                refs = self.train_reference(x, t_B, cond).chunk(copies)
+            outs = self.train_tuned(x, t_B, cond).chunk(copies)
+
+        def log_ratio(x: Tensor, x_next: Tensor, side: int) -> Tensor:
+            logp, ref = (process.log_prob_at(schedule, pairs.step_P, x, y[side], x_next) for y in (outs, refs))
+            return logp - ref
+
+        win = log_ratio(pairs.win_x_PCHW, pairs.win_next_PCHW, 0)
+        lose = log_ratio(pairs.lose_x_PCHW, pairs.lose_next_PCHW, -1)
+        return spo_loss(win, lose, weight_B, self.config.beta, self.config.epsilon)
