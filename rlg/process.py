@@ -267,9 +267,7 @@ def log_prob(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor, x_nex
     return _mean_d(-(error**2) / (2 * std**2)) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
-def log_prob_at(
-    schedule: Schedule, step_B: Tensor, x_BCHW: Tensor, out_BCHW: Tensor, x_next_BCHW: Tensor
-) -> Tensor:
+def log_prob_at(schedule: Schedule, step_B: Tensor, x_BCHW: Tensor, out_BCHW: Tensor, x_next_BCHW: Tensor) -> Tensor:
     """(B,) as `log_prob`, with a step of its own for each sample: step_B are their indices, on the schedule's device.
 
     Raises ValueError where one of the steps is deterministic.

@@ -67,9 +67,7 @@ class DPOConfig(LossConfig):
     data: str = field(metadata={"help": "preference pairs: hub id, .parquet, .jsonl or a folder"})
     data_split: str = field(default="train", metadata={"help": "split to train on"})
     image_root: str | None = field(default=None, metadata={"help": "where relative image paths begin"})
-    streaming: bool = field(
-        default=False, metadata={"help": "read pairs when they are needed: sets larger than disk"}
-    )
+    streaming: bool = field(default=False, metadata={"help": "read pairs when they are needed: sets larger than disk"})
     random_crop: bool = field(default=False, metadata={"help": "crop at a random place instead of the centre"})
     true_sizes: bool = field(
         default=False, metadata={"help": "condition on each image's own size and crop, where the model can"}
