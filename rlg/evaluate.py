@@ -344,6 +344,7 @@ def home_of(tuned: str | Path) -> tuple[str, Path]:
 def run(args: argparse.Namespace) -> Path:
     """Evaluate and report; returns the output folder."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     import rewards
     from rlg.report import write_report
@@ -357,7 +358,7 @@ def run(args: argparse.Namespace) -> Path:
     ids = prompt_sets.spread(prompts, args.num_prompts)
     trained = list(args.rewards or ["jpeg_compressibility"])
     names = list(dict.fromkeys([*trained, *(args.held_out or [])]))
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # else every process believes it is alone
     reward = rewards.build(names, device=str(state.device))
     policy = Policy.load(base, args.dtype or "float32", state.device)
     policy.load_tuned(args.ckpt)

@@ -54,14 +54,14 @@ def train(argv: list[str]) -> None:
 
 
 def worker(trained: list[str], evaluated: list[str]) -> None:
-    """One of two processes: two iterations, then a third one that a signal to one process makes the last."""
+    """One of two processes: an evaluation, two iterations, a third one that a signal to one process makes the last."""
+    evaluate.main(evaluated)  # first, so that it finds the other process without a trainer's accelerator
     Accelerator.end_training = lambda self: None  # it would take the process group down
     train([*trained, "--max_steps", "2"])
     score = GRPOTrainer.score
     if os.environ["RANK"] == "1":
         GRPOTrainer.score = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or score(*args)
     train([*trained, "--max_steps", "9", "--resume"])
-    evaluate.main(evaluated)
 
 
 Folder = Callable[[str], Path]
