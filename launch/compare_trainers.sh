@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO, DPO, SPO and NFT of one utility (composition), from one base, in one reward-against-KL plot.
-#   bash launch/compare_trainers.sh            tiny-sd3; about two hours on two CPU cores
+#   bash launch/compare_trainers.sh            tiny-sd3; hours on two CPU cores
 #   bash launch/compare_trainers.sh runs 2     a smoke run of two iterations each, in the folder `runs`
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,10 +10,11 @@ few=${2:+--num_prompts 4 --k 2}
 pairs=$([ -n "${2:-}" ] && echo 40 || echo 4000)
 evaluations=()
 
-train_and_guide() {  # trainer, config, name of the run
+train_and_guide() {  # trainer, config, name of the run, more options
     local trainer=$1 config=$2 run=$runs/$3
+    shift 3
     # shellcheck disable=SC2086
-    python "train_$trainer.py" --config "$config" --output_dir "$runs" $steps $([ -d "$run" ] && echo --resume)
+    python "train_$trainer.py" --config "$config" --output_dir "$runs" "$@" $steps $([ -d "$run" ] && echo --resume)
     local last
     last=$(find "$run" -maxdepth 1 -name 'checkpoint-*' | sort -V | tail -1)
     # one stochastic sampler for all: the path KL needs its noise
@@ -27,6 +28,6 @@ train_and_guide grpo configs/tiny/grpo_sd3_composition.yaml tiny-sd3-composition
 train_and_guide nft configs/tiny/nft_sd3_composition.yaml tiny-sd3-composition-nft
 [ -d "$runs/preferences-sd3" ] || python -m rlg.tinyworld.preferences --model tiny-sd3 \
     --output "$runs/preferences-sd3" --pairs "$pairs" --utility composition
-train_and_guide dpo configs/tiny/dpo_sd3.yaml tiny-sd3-dpo
+train_and_guide dpo configs/tiny/dpo_sd3.yaml tiny-sd3-dpo --data "$runs/preferences-sd3"
 train_and_guide spo configs/tiny/spo_sd3.yaml tiny-sd3-spo
 python -m rlg.report "${evaluations[@]}" --output "$runs/compare_trainers"
