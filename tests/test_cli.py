@@ -333,7 +333,9 @@ def test_dry_run_prints_everything_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--dry_run", "--num_prompts", "6", "--num_updates", "3", "--num_iterations", "2", "--max_steps", "10"]
-    training(*options, "--reward", "pickscore", "--model", "stabilityai/stable-diffusion-3.5-medium")()
+    with pytest.raises(SystemExit) as stopped:
+        training(*options, "--reward", "pickscore", "--model", "stabilityai/stable-diffusion-3.5-medium")()
+    assert stopped.value.code == 0
     out, err = capfd.readouterr()
     config = yaml.safe_load(out)  # the counts are comments
     assert config["reward"] == ["pickscore"]  # a reward that is not there yet, and a model that is not downloaded
@@ -367,7 +369,9 @@ def test_every_config_resolves(
     monkeypatch.setattr(
         sys, "argv", [f"{script}.py", "--config", str(config), "--dry_run", "true", "--mixed_precision", "no"]
     )
-    importlib.import_module(script).main()
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main()
+    assert stopped.value.code == 0
     resolved = yaml.safe_load(capfd.readouterr().out)
     written = yaml.safe_load(config.read_text())
     assert {k: resolved[k] for k in written if k != "mixed_precision"} == {

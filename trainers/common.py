@@ -79,6 +79,10 @@ class RunConfig:
         """The run's folder."""
         return Path(self.output_dir) / self.name
 
+    def derived(self, processes: int) -> dict[str, int]:
+        """Counts that follow from the sizes. Raises ValueError where sizes do not fit together."""
+        raise NotImplementedError
+
 
 @dataclass(kw_only=True)
 class TrainConfig(RunConfig):
@@ -143,12 +147,19 @@ def parse_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> Conf
     return config
 
 
-def dry_run(config: RunConfig, derived: Mapping[str, Any]) -> None:
-    """Print the resolved config and what follows from it."""
-    print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip())
-    print("# derived")
-    for name, value in derived.items():
-        print(f"# {name}: {value}")
+def begin(kind: type[ConfigT]) -> tuple[ConfigT, Accelerator]:
+    """The command line's config, checked, and its engine; with --dry_run print what follows from it, and exit."""
+    config = parse_config(kind)
+    accelerator = make_accelerator(config)
+    derived = config.derived(accelerator.num_processes)
+    if config.dry_run:
+        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip())
+        print("# derived")
+        for name, value in derived.items():
+            print(f"# {name}: {value}")
+        raise SystemExit(0)
+    check_folder(config)
+    return config, accelerator
 
 
 def check_folder(config: RunConfig) -> None:

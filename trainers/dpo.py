@@ -24,6 +24,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -275,17 +276,10 @@ class OnlineDPOTrainer(OnlineTrainer):
     shown = ("reward", "loss", "accuracy", "seconds_per_image")
     config: OnlineDPOConfig
 
-    def __init__(
-        self,
-        config: OnlineDPOConfig,
-        reward: RewardMix,
-        prompts: Sequence[Prompt],
-        eval_prompts: Sequence[Prompt] = (),
-        accelerator: Accelerator | None = None,
-        held_out: RewardMix | None = None,
-    ):
-        super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
-        self.pair_loss = PairLoss(self, config)
+    @cached_property
+    def pair_loss(self) -> PairLoss:
+        """The loss of latent pairs, which offline DPO has too."""
+        return PairLoss(self, self.config)
 
     def rollout(self) -> Samples:
         """Sample this process's groups with the policy as it is."""

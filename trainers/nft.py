@@ -20,18 +20,15 @@ Deviations from the paper and the official code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from rewards import RewardMix
 from rlg import process
 from rlg.backbones import Conditioning
-from rlg.prompts import Prompt
+from rlg.process import Process
 from trainers import common
 from trainers.online import OnlineConfig, OnlineTrainer, Samples
 
@@ -92,18 +89,14 @@ class NFTTrainer(OnlineTrainer):
     copies = (OLD,)
     config: NFTConfig
 
-    def __init__(
-        self,
-        config: NFTConfig,
-        reward: RewardMix,
-        prompts: Sequence[Prompt],
-        eval_prompts: Sequence[Prompt] = (),
-        accelerator: Accelerator | None = None,
-        held_out: RewardMix | None = None,
-    ):
-        super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
-        self.process = self.policy.process()
-        self.old = partial(self.policy.predict_as, OLD)
+    @cached_property
+    def process(self) -> Process:
+        """The base's own noising."""
+        return self.policy.process()
+
+    def old(self, x: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The output of the policy that samples."""
+        return self.policy.predict_as(OLD, x, t_B, cond)
 
     def rollout(self) -> Samples:
         """Sample this process's share of the iteration with the old policy."""

@@ -256,13 +256,7 @@ class OnlineTrainer(Trainer):
 
 def start(config_type: type[OnlineConfig], trainer_type: type[OnlineTrainer], build: Callable[..., RewardMix]) -> None:
     """The command line of an online trainer; `build` is `rewards.build`, which entry points alone may call."""
-    config = common.parse_config(config_type)
-    accelerator = common.make_accelerator(config)
-    derived = config.derived(accelerator.num_processes)
-    if config.dry_run:
-        common.dry_run(config, derived)
-        return
-    common.check_folder(config)
+    config, accelerator = common.begin(config_type)
     device = str(accelerator.device)
     reward = build(config.reward, config.reward_weights, device=device) if config.reward else None
     held_out = build(config.held_out_reward, device=device) if config.held_out_reward else None
