@@ -164,12 +164,28 @@ def test_preferences_are_learnt(tiny_dpo: Make) -> None:
     assert late["accuracy"] > 0.9 and late["winner_gain"] > late["loser_gain"]
 
 
+def test_held_out_pairs_are_measured_the_same_way_each_time(tiny_dpo: Make) -> None:
+    evaluation = {"eval_steps": 1, "eval_prompts": "tinyworld:composition/test", "test_split": "train"}
+    trainer = tiny_dpo(max_steps=30, ema_decay=0.0, caption_dropout=0.0, test_pairs=7, test_draws=4, **evaluation)
+    before = trainer.evaluate()
+    assert before["test/accuracy"] == 0.5 and before["test/margin"] == 0
+    assert before["test/loss"] == pytest.approx(math.log(2))
+    for _ in range(30):
+        trainer.iteration()
+    after = trainer.evaluate()
+    assert after == trainer.evaluate()
+    assert after["test/accuracy"] > 0.9 and after["test/margin"] > 0 and after["test/loss"] < before["test/loss"]
+    assert round(after["test/accuracy"] * 14) == pytest.approx(after["test/accuracy"] * 14, abs=1e-4)  # of 7 pairs
+    with pytest.raises(ValueError, match="give eval_steps"):
+        tiny_dpo(test_split="train")
+
+
 def test_cached_pairs_train_as_fresh_ones(tiny_dpo: Make) -> None:
     rows = []
     for cache in (False, True):
         trainer = tiny_dpo(cache=cache, caption_dropout=0.5)
         rows.append([trainer.iteration() for _ in range(4)])  # more than an epoch of 8 pairs
-        assert len(trainer._latents) == (8 if cache else 0)
+        assert len(trainer.encode._latents) == (8 if cache else 0)
     for fresh, cached in zip(*rows, strict=True):
         assert fresh["loss"] == pytest.approx(cached["loss"], rel=1e-4)
 

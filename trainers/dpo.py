@@ -34,13 +34,14 @@ from torch.nn.functional import logsigmoid
 from rewards import RewardMix
 from rlg import process
 from rlg.backbones import Conditioning
+from rlg.policy import Policy
 from rlg.process import Process
 from rlg.prompts import Prompt
 from trainers import common, preference_data
 from trainers.common import TrainConfig
 from trainers.loop import Trainer
 from trainers.online import OnlineConfig, OnlineTrainer, Samples
-from trainers.preference_data import PairBatch
+from trainers.preference_data import Batches, PairBatch
 
 LOSSES = ("sigmoid", "hinge", "ipo")
 
@@ -75,10 +76,17 @@ class DPOConfig(LossConfig):
     )
     cache: bool = field(default=False, metadata={"help": "keep latents and encoded captions in memory"})
     accumulation_steps: int = field(default=1, metadata={"help": "batches an optimizer step, on each process"})
+    test_split: str | None = field(
+        default=None, metadata={"help": "held-out pairs, for the implicit accuracy of every evaluation"}
+    )
+    test_pairs: int = field(default=500, metadata={"help": "how many of them"})
+    test_draws: int = field(default=16, metadata={"help": "noise levels, with a noise each, that a margin averages"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require_positive(self, "accumulation_steps")
+        common.require_positive(self, "accumulation_steps", "test_pairs", "test_draws")
+        if self.test_split and not self.eval_steps:
+            raise ValueError("test_split is read at evaluations; give eval_steps")
         if self.cache and (self.random_crop or self.streaming):
             raise ValueError("cache keeps latents of one crop of a set that fits; leave out random_crop and streaming")
 
@@ -113,10 +121,20 @@ class Errors:
     ref_loser_B: Tensor
 
 
-def dpo_loss(errors: Errors, beta: float, loss_type: str = "sigmoid") -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of B pairs and its metrics; accuracy counts a margin of exactly 0 as half (the official code's rule)."""
+def margin(errors: Errors, beta: float) -> Tensor:
+    """(B,) what the loss takes a sigmoid of: the implicit reward of the winner less that of the loser."""
     model_B, ref_B = errors.winner_B - errors.loser_B, errors.ref_winner_B - errors.ref_loser_B
-    margin_B = -0.5 * beta * (model_B - ref_B)
+    return -0.5 * beta * (model_B - ref_B)
+
+
+def accuracy(margin_B: Tensor) -> Tensor:
+    """Share of margins above 0; exactly 0 counts as half (the official code's rule)."""
+    return (margin_B > 0).float().mean() + 0.5 * (margin_B == 0).float().mean()
+
+
+def dpo_loss(errors: Errors, beta: float, loss_type: str = "sigmoid") -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of B pairs and its metrics."""
+    margin_B = margin(errors, beta)
     if loss_type == "sigmoid":
         loss_B = -logsigmoid(margin_B)
     elif loss_type == "hinge":
@@ -126,7 +144,7 @@ def dpo_loss(errors: Errors, beta: float, loss_type: str = "sigmoid") -> tuple[T
     loss = loss_B.mean()
     metrics = {
         "loss": loss,
-        "accuracy": (margin_B > 0).float().mean() + 0.5 * (margin_B == 0).float().mean(),
+        "accuracy": accuracy(margin_B),
         "margin": margin_B.mean(),
         "model_mse": (errors.winner_B + errors.loser_B).mean() / 2,
         "ref_mse": (errors.ref_winner_B + errors.ref_loser_B).mean() / 2,
@@ -154,7 +172,11 @@ class PairLoss:
         self.process: Process = trainer.policy.process()
 
     def __call__(self, pairs: LatentPairs, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss at one random noise level a pair, shared by winner and loser as the noise is."""
+        """Loss at one random noise level a pair."""
+        return dpo_loss(self.errors(pairs, generator), self.config.beta, self.config.loss_type)
+
+    def errors(self, pairs: LatentPairs, generator: torch.Generator) -> Errors:
+        """At one random noise level a pair, shared by winner and loser as the noise is."""
         x0 = torch.cat([pairs.winner_BCHW, pairs.loser_BCHW])
         count = len(pairs.winner_BCHW)
         rows_B = process.sample_t(self.process, count, generator).repeat(2)
@@ -166,8 +188,7 @@ class PairLoss:
                 ref = self.policy.reference(x_t, t_B, cond)
             out = self.policy.predict(x_t, t_B, cond)
         model_B, ref_B = ((y.float() - target).square().flatten(1).mean(dim=1) for y in (out, ref))
-        errors = Errors(*model_B.split(count), *ref_B.split(count))
-        return dpo_loss(errors, self.config.beta, self.config.loss_type)
+        return Errors(*model_B.split(count), *ref_B.split(count))
 
     def drop_captions(self, captions: Sequence[str], generator: torch.Generator) -> list[str]:
         """The captions, some of them emptied."""
@@ -175,73 +196,19 @@ class PairLoss:
         return ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
 
 
-class DPOTrainer(Trainer):
-    """Pairs from a data set; see the module's docstring."""
+class PairEncoder:
+    """Pairs of pixels and captions -> pairs of latents and conditionings, kept in memory where the config says so."""
 
-    shown = ("loss", "accuracy", "margin", "seconds_per_pair")
-    config: DPOConfig
-
-    def __init__(
-        self,
-        config: DPOConfig,
-        reward: RewardMix | None = None,
-        prompts: Sequence[Prompt] = (),
-        eval_prompts: Sequence[Prompt] = (),
-        accelerator: Accelerator | None = None,
-        held_out: RewardMix | None = None,
-    ):
-        super().__init__(config, accelerator, reward, held_out, eval_prompts)
-        self.pair_loss = PairLoss(self, config)
-        self.resolution = config.resolution or self.policy.image_size()
-        pairs = preference_data.load(config.data, config.data_split, config.streaming, image_root=config.image_root)
-        self.batches = preference_data.Batches(
-            pairs,
-            config.per_device_batch_size * self.accelerator.num_processes,
-            self.resolution,
-            config.seed,
-            config.random_crop,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+    def __init__(self, policy: Policy, config: DPOConfig, resolution: int):
+        self.policy, self.config, self.resolution = policy, config, resolution
         self._latents: dict[int, tuple[Tensor, Tensor]] = {}
         self._conds: dict[str, Conditioning] = {}
-        self._stream: Iterator[PairBatch] | None = None
-        if self.accelerator.is_main_process:
-            print(pairs.counts)
-
-    def iteration(self, log: common.Log | None = None) -> dict[str, float]:
-        """One optimizer step; what it is trained on depends on (seed, step) alone."""
-        started, config = time.perf_counter(), self.config
-        self.begin_updates(config.accumulation_steps)
-        seed = (config.seed * 1_000_003 + self.state.step) * 1009 + self.accelerator.process_index
-        generator = torch.Generator().manual_seed(seed)
-        collected: list[dict[str, Tensor]] = []
-        for batch in self._next_batches():
-            pairs = self._prepare(batch, generator)
-            with self.accelerator.accumulate(self.policy.wrapped):
-                loss, metrics = self.pair_loss(pairs, generator)
-                self.backward(loss, metrics)
-            collected.append(metrics)
-        self.state.step += 1
-        pairs_seen = self.counts["pairs_per_update"]
-        counters = self.state.counters
-        counters["pairs"] = counters.get("pairs", 0) + pairs_seen
-        seconds = time.perf_counter() - started
-        return self.mean_metrics(collected) | {"pairs": counters["pairs"], "seconds_per_pair": seconds / pairs_seen}
-
-    def _next_batches(self) -> Iterator[PairBatch]:
-        """The batches of this step, read ahead in the background from the first step on."""
-        count = self.config.accumulation_steps
-        if self._stream is None:
-            first, last = self.state.step * count, self.config.max_steps * count
-            self._stream = self.batches.iterate(first, max(last, first + count))
-        for _ in range(count):
-            yield next(self._stream)
 
     @torch.no_grad()
-    def _prepare(self, batch: PairBatch, generator: torch.Generator) -> LatentPairs:
+    def __call__(self, batch: PairBatch, captions: Sequence[str]) -> LatentPairs:
+        """The batch with these captions."""
         winners, losers = self._encode_images(batch)
-        cond = self._encode(self.pair_loss.drop_captions(batch.captions, generator))
+        cond = self._encode(captions)
         if not self.config.true_sizes:
             return LatentPairs(winners, losers, cond, cond)
         sizes = ((batch.sizes_B2, batch.crops_B2), (batch.loser_sizes_B2, batch.loser_crops_B2))
@@ -268,6 +235,98 @@ class DPOTrainer(Trainer):
             self._latents |= {i: (winner, loser) for i, winner, loser in rows}
         winners, losers = zip(*(self._latents[i] for i in indices), strict=True)
         return torch.stack(winners).to(self.policy.device), torch.stack(losers).to(self.policy.device)
+
+
+class DPOTrainer(Trainer):
+    """Pairs from a data set; see the module's docstring."""
+
+    shown = ("loss", "accuracy", "margin", "seconds_per_pair")
+    config: DPOConfig
+
+    def __init__(
+        self,
+        config: DPOConfig,
+        reward: RewardMix | None = None,
+        prompts: Sequence[Prompt] = (),
+        eval_prompts: Sequence[Prompt] = (),
+        accelerator: Accelerator | None = None,
+        held_out: RewardMix | None = None,
+    ):
+        super().__init__(config, accelerator, reward, held_out, eval_prompts)
+        self.pair_loss = PairLoss(self, config)
+        self.encode, self.encode_test = self._encoder(), self._encoder()
+        self.batches = self._batches(config.data_split)
+        self.test = self._batches(config.test_split) if config.test_split else None
+        self._stream: Iterator[PairBatch] | None = None
+
+    def _encoder(self) -> PairEncoder:
+        return PairEncoder(self.policy, self.config, self._resolution)
+
+    @property
+    def _resolution(self) -> int:
+        return self.config.resolution or self.policy.image_size()
+
+    def _batches(self, split: str) -> Batches:
+        config, accelerator = self.config, self.accelerator
+        streaming = config.streaming and split == config.data_split
+        pairs = preference_data.load(config.data, split, streaming, image_root=config.image_root)
+        if accelerator.is_main_process:
+            print(f"{split}: {pairs.counts}")
+        size, world = config.per_device_batch_size * accelerator.num_processes, accelerator.num_processes
+        crop = config.random_crop and split == config.data_split
+        return Batches(pairs, size, self._resolution, config.seed, crop, accelerator.process_index, world)
+
+    def iteration(self, log: common.Log | None = None) -> dict[str, float]:
+        """One optimizer step; what it is trained on depends on (seed, step) alone."""
+        started, config = time.perf_counter(), self.config
+        self.begin_updates(config.accumulation_steps)
+        seed = (config.seed * 1_000_003 + self.state.step) * 1009 + self.accelerator.process_index
+        generator = torch.Generator().manual_seed(seed)
+        collected: list[dict[str, Tensor]] = []
+        for batch in self._next_batches():
+            pairs = self.encode(batch, self.pair_loss.drop_captions(batch.captions, generator))
+            with self.accelerator.accumulate(self.policy.wrapped):
+                loss, metrics = self.pair_loss(pairs, generator)
+                self.backward(loss, metrics)
+            collected.append(metrics)
+        self.state.step += 1
+        pairs_seen = self.counts["pairs_per_update"]
+        counters = self.state.counters
+        counters["pairs"] = counters.get("pairs", 0) + pairs_seen
+        seconds = time.perf_counter() - started
+        return self.mean_metrics(collected) | {"pairs": counters["pairs"], "seconds_per_pair": seconds / pairs_seen}
+
+    def _next_batches(self) -> Iterator[PairBatch]:
+        """The batches of this step, read ahead in the background from the first step on."""
+        count = self.config.accumulation_steps
+        if self._stream is None:
+            first, last = self.state.step * count, self.config.max_steps * count
+            self._stream = self.batches.iterate(first, max(last, first + count))
+        for _ in range(count):
+            yield next(self._stream)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Rewards of held-out prompts, and how well the implicit reward orders held-out pairs."""
+        return super().evaluate() | (self._test() if self.test else {})
+
+    def _test(self) -> dict[str, float]:
+        """A pair's margin is the mean over the same noise levels and noises in every evaluation."""
+        config, accelerator, rank = self.config, self.accelerator, self.accelerator.process_index
+        count = min(config.test_pairs, len(self.test.data))
+        margins = []
+        with self.state.averaged():
+            for number in range(-(-count // self.test.batch_size)):
+                batch = self.test.batch(number)
+                pairs = self.encode_test(batch, batch.captions)
+                generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) * 1009 + rank)
+                draws = [
+                    margin(self.pair_loss.errors(pairs, generator), config.beta) for _ in range(config.test_draws)
+                ]
+                margins.append(accelerator.gather(torch.stack(draws).mean(dim=0)))
+        margin_N = torch.cat(margins)[:count]
+        values = {"accuracy": accuracy(margin_N), "margin": margin_N.mean(), "loss": -logsigmoid(margin_N).mean()}
+        return {f"test/{name}": float(value) for name, value in values.items()}
 
 
 class OnlineDPOTrainer(OnlineTrainer):
