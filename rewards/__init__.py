@@ -1,7 +1,8 @@
 """Rewards: what a reward is, the table of those that exist, and `build`, which mixes several.
 
 A reward is one file with one factory and one line in `REWARDS`; its heavy imports live inside the factory, so that
-this table costs nothing to read. A mix keeps every part, raw, next to the weighted total: a trainer may weight rewards
+this table costs nothing to read. It is asked for by name, or as NAME=SOURCE: `pickscore=path/to/model`,
+`remote=http://127.0.0.1:8000`. A mix keeps every part, raw, next to the weighted total: a trainer may weight rewards
 (the total) or normalise each one's advantages first (the parts; GDPO, MixGRPO), as their scales differ a thousandfold.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -39,25 +41,32 @@ class RewardError(ValueError):
 class RewardSpec:
     """A line of the table of rewards."""
 
-    factory: str | None  # "module:function", called with the device; None while the reward is not written yet
+    factory: str | None  # "module:function", called as (device, source); None while the reward is not written yet
     summary: str  # one line
     range: str  # of the raw score; "about" where it is typical rather than a bound
     model: str  # what computes it
-    needs: str  # extra packages, servers or downloads
+    needs: str = "-"  # downloads, servers
+    source: str = ""  # what NAME=SOURCE may give instead of the model; empty: it takes none
+    modules: tuple[str, ...] = ()  # imported by the factory, beyond the project's own dependencies
+    extra: str = ""  # the optional dependency that brings them: pip install 'rlg[EXTRA]'
 
     @property
     def available(self) -> bool:
         """Whether this version can build it."""
         return self.factory is not None
 
+    def missing(self) -> list[str]:
+        """Modules that are not installed."""
+        return [module for module in self.modules if importlib.util.find_spec(module) is None]
+
 
 # Ranges and models: the publications and public ports.
 # fmt: off
 REWARDS: dict[str, RewardSpec] = {
-    "jpeg_compressibility": RewardSpec("rewards.jpeg:compressibility", "minus the JPEG's kB", "< 0", "Pillow", "-"),
-    "jpeg_incompressibility": RewardSpec("rewards.jpeg:incompressibility", "the JPEG's kB", "> 0", "Pillow", "-"),
-    "composition": RewardSpec("rewards.composition:partial", "GenEval's partial credit", "[0, 1]", "blobs", "-"),
-    "composition_strict": RewardSpec("rewards.composition:strict", "GenEval's verdict", "0 or 1", "blobs", "-"),
+    "jpeg_compressibility": RewardSpec("rewards.jpeg:compressibility", "minus the JPEG's kB", "< 0", "Pillow"),
+    "jpeg_incompressibility": RewardSpec("rewards.jpeg:incompressibility", "the JPEG's kB", "> 0", "Pillow"),
+    "composition": RewardSpec("rewards.composition:partial", "GenEval's partial credit", "[0, 1]", "blobs"),
+    "composition_strict": RewardSpec("rewards.composition:strict", "GenEval's verdict", "0 or 1", "blobs"),
     "pickscore": RewardSpec(None, "human preference", "about 18 to 24", "yuvalkirstain/PickScore_v1", "download"),
     "hpsv2": RewardSpec(None, "human preference", "about 0.14 to 0.31", "xswu/HPSv2 (v2.1)", "download"),
     "imagereward": RewardSpec(None, "human preference", "about -2 to 2", "ImageReward-v1.0", "download"),
@@ -127,44 +136,52 @@ def available_names() -> list[str]:
 
 
 def lookup(name: str) -> RewardSpec:
-    """The table's line for a name. Raises ValueError, with the nearest name, for one that the table lacks."""
-    if name in REWARDS:
-        return REWARDS[name]
-    nearest = difflib.get_close_matches(str(name), REWARDS, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
+    """The table's line for NAME or NAME=SOURCE. Raises ValueError, with the nearest name, for one that it lacks."""
+    name, _, source = str(name).partition("=")
+    if name not in REWARDS:
+        nearest = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
+    if source and not REWARDS[name].source:
+        raise ValueError(f"reward {name!r} takes no source, got {source!r}")
+    return REWARDS[name]
 
 
 def build(
     names: Sequence[str], weights: Sequence[float] | None = None, device: torch.device | str = "cpu"
 ) -> RewardMix:
-    """Load the named rewards on a device; all weights are 1 unless given.
+    """Load the named rewards, NAME or NAME=SOURCE each, on a device; all weights are 1 unless given.
 
-    Raises ValueError for an unknown name, one not available in this version, a duplicate, or unfit weights.
+    Raises ValueError for an unknown name, one not available in this version or whose packages are not installed, a
+    duplicate, or unfit weights.
     """
     if isinstance(names, str):
         raise ValueError(f"the rewards must be a list of names, got the string {names!r}")
-    specs = {name: lookup(name) for name in names}
+    asked = [(text.partition("=")[0], text.partition("=")[2] or None, lookup(text)) for text in map(str, names)]
+    specs = {name: spec for name, _, spec in asked}
     if len(specs) < len(names):
-        twice = sorted({name for name in names if list(names).count(name) > 1})
+        plain = [name for name, _, _ in asked]
+        twice = sorted({name for name in plain if plain.count(name) > 1})
         raise ValueError(f"reward named more than once: {', '.join(twice)}; give it one weight instead")
     for name, spec in specs.items():
         if not spec.available:
             known = ", ".join(available_names())
             raise ValueError(f"reward {name!r} is not available yet in this version (available: {known})")
+        if missing := spec.missing():
+            raise ValueError(f"reward {name!r} needs {', '.join(missing)}: pip install 'rlg[{spec.extra}]'")
     chosen = (1.0,) * len(names) if weights is None else tuple(weights)
     RewardMix(dict.fromkeys(specs, _unloaded), chosen)  # refuse unfit weights before anything is downloaded
-    return RewardMix({name: _load(spec, device) for name, spec in specs.items()}, chosen)
+    return RewardMix({name: _load(spec, device, source) for name, source, spec in asked}, chosen)
 
 
 def _unloaded(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
     raise AssertionError("a reward that was never loaded")
 
 
-def _load(spec: RewardSpec, device: torch.device | str) -> Reward:
+def _load(spec: RewardSpec, device: torch.device | str, source: str | None) -> Reward:
     assert spec.factory is not None
     module, function = spec.factory.split(":")
-    return getattr(importlib.import_module(module), function)(device)
+    return getattr(importlib.import_module(module), function)(device, source)
 
 
 def _check_batch(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:

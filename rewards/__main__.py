@@ -1,23 +1,33 @@
-"""`python -m rewards --list`: every reward with its range, what computes it and what it needs."""
+"""`python -m rewards --list`: every reward with its range, what computes it, what it needs, and if that is here."""
 
 from __future__ import annotations
 
 import argparse
 
-from rewards import REWARDS
+from rewards import REWARDS, RewardSpec
 
-_COLUMNS = ("name", "range", "model", "needs", "available", "what it is")
+_COLUMNS = ("name", "range", "model", "needs", "pip install", "available", "what it is")
 
 
 def table() -> str:
     """The rewards as an aligned plain-text table, one a line below a header and a rule."""
     rows = [
-        (name, spec.range, spec.model, spec.needs, "yes" if spec.available else "not yet", spec.summary)
+        (name, spec.range, spec.model, spec.needs, _extra(spec), _available(spec), spec.summary)
         for name, spec in REWARDS.items()
     ]
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
     lines = [_COLUMNS, tuple("-" * width for width in widths), *rows]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _extra(spec: RewardSpec) -> str:
+    return f"'rlg[{spec.extra}]'" if spec.extra else "-"
+
+
+def _available(spec: RewardSpec) -> str:
+    if not spec.available:
+        return "not yet"
+    return "not installed" if spec.missing() else "yes"
 
 
 def main() -> None:

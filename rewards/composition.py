@@ -182,12 +182,12 @@ def _placed(clause: Clause, wanted: Sequence[Sequence[Detection]], objects: Sequ
     return [bool(targets) and all(clause.relation in relations(o.box, t.box) for t in targets) for o in objects]
 
 
-def partial(device: torch.device | str) -> Reward:
+def partial(device: torch.device | str, source: str | None = None) -> Reward:
     """Factory of `composition`, the partial credit with the tinyworld's detector; always on the CPU."""
     return _tinyworld_reward(lambda result: result.partial)
 
 
-def strict(device: torch.device | str) -> Reward:
+def strict(device: torch.device | str, source: str | None = None) -> Reward:
     """Factory of `composition_strict`, 0 or 1 with the tinyworld's detector; always on the CPU."""
     return _tinyworld_reward(lambda result: float(result.strict))
 

@@ -32,7 +32,7 @@ def _encoded_bytes(image: Image.Image) -> int:
     return buffer.tell()
 
 
-def compressibility(device: torch.device | str) -> Reward:
+def compressibility(device: torch.device | str, source: str | None = None) -> Reward:
     """Factory of `jpeg_compressibility`; always on the CPU."""
 
     def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
@@ -41,7 +41,7 @@ def compressibility(device: torch.device | str) -> Reward:
     return reward
 
 
-def incompressibility(device: torch.device | str) -> Reward:
+def incompressibility(device: torch.device | str, source: str | None = None) -> Reward:
     """Factory of `jpeg_incompressibility`; always on the CPU."""
 
     def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,25 @@ def test_rewards_to_come_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"reward '{name}' is not available yet in this version"):
         build(["jpeg_compressibility", name])
     assert lookup(name) is REWARDS[name]  # but a config may name them
+
+
+def test_a_reward_whose_packages_are_missing_prints_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(REWARDS["composition"], modules=("PIL", "no_such_package"), extra="thing")
+    monkeypatch.setitem(REWARDS, "composition", spec)
+    with pytest.raises(ValueError, match=r"^reward 'composition' needs no_such_package: pip install 'rlg\[thing\]'$"):
+        build(["jpeg_compressibility", "composition"])
+
+
+def test_a_source_reaches_the_factory_of_its_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="reward 'composition' takes no source, got 'a=b'"):
+        build(["composition=a=b"])
+    seen = []
+    monkeypatch.setattr("rewards.composition.partial", lambda device, source: seen.append((device, source)))
+    monkeypatch.setitem(REWARDS, "composition", replace(REWARDS["composition"], source="a folder"))
+    assert build(["composition=a=b"]).names == build(["composition"]).names == ("composition",)
+    assert seen == [("cpu", "a=b"), ("cpu", None)]
+    with pytest.raises(ValueError, match="more than once: composition"):
+        build(["composition=a", "composition=b"])
 
 
 def test_unknown_names_are_refused_with_the_nearest_and_the_known() -> None:
