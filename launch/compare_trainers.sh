@@ -7,7 +7,9 @@ cd "$(dirname "$0")/.."
 runs=${1:-runs}
 steps=${2:+--max_steps $2}
 few=${2:+--num_prompts 4 --k 2}
-pairs=$([ -n "${2:-}" ] && echo 40 || echo 4000)
+# one stochastic sampler for all: the path KL needs its noise
+sweep="--scales 0 0.5 1 1.5 2 3 --modes rlg --sampler sde --level 0.7 --steps 10 --cfg 1 ${few:---k 8}"
+pairs=$([ -n "${2:-}" ] && echo 40 || echo 8000)
 evaluations=()
 
 train_and_guide() {  # trainer, config, name of the run, more options
@@ -15,19 +17,22 @@ train_and_guide() {  # trainer, config, name of the run, more options
     shift 3
     # shellcheck disable=SC2086
     python "train_$trainer.py" --config "$config" --output_dir "$runs" "$@" $steps $([ -d "$run" ] && echo --resume)
-    local last
     last=$(find "$run" -maxdepth 1 -name 'checkpoint-*' | sort -V | tail -1)
-    # one stochastic sampler for all: the path KL needs its noise
     # shellcheck disable=SC2086
-    python -m rlg.evaluate --ckpt "$last" --scales 0 0.5 1 1.5 2 3 --modes rlg --sampler sde --level 0.7 --steps 10 \
-        --cfg 1 --output "$run/eval/compare" $few
+    python -m rlg.evaluate --ckpt "$last" $sweep --output "$run/eval/compare"
     evaluations+=("$run/eval/compare")
 }
 
 train_and_guide grpo configs/tiny/grpo_sd3_composition.yaml tiny-sd3-composition
 train_and_guide nft configs/tiny/nft_sd3_composition.yaml tiny-sd3-composition-nft
+# NFT's own direction of guidance leads from the old policy to the trained one
+# shellcheck disable=SC2086
+python -m rlg.evaluate --ckpt "$last" --origin "$last/trainer_state/lora_old.safetensors" $sweep \
+    --output "$runs/tiny-sd3-composition-nft/eval/compare-old"
 [ -d "$runs/preferences-sd3" ] || python -m rlg.tinyworld.preferences --model tiny-sd3 \
-    --output "$runs/preferences-sd3" --pairs "$pairs" --utility composition
+    --output "$runs/preferences-sd3" --pairs "$pairs" --steps 10 --utility composition
 train_and_guide dpo configs/tiny/dpo_sd3.yaml tiny-sd3-dpo --data "$runs/preferences-sd3"
 train_and_guide spo configs/tiny/spo_sd3.yaml tiny-sd3-spo
 python -m rlg.report "${evaluations[@]}" --output "$runs/compare_trainers"
+python -m rlg.report "$runs/tiny-sd3-composition-nft/eval/compare" "$runs/tiny-sd3-composition-nft/eval/compare-old" \
+    --output "$runs/compare_nft"
