@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from rlg.sampling import SampleId, SampleNoise
 from rlg.stats import MODES, Row
 
 RLG, LORA_SCALE, TWICE = MODES
+_ORIGIN = "origin"  # name of the adapter that guidance starts from, in the network
 _DIVERSITY_SIDE = 16  # images are compared at 16x16: layout and colour, not texture
 
 
@@ -60,6 +62,7 @@ class EvalSettings:
     k: int  # images a prompt
     seed: int
     batch_size: int  # images a batch
+    origin: str | None = None  # file of an adapter that guidance starts from instead of the base
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(w) for w in self.scales):
@@ -128,6 +131,8 @@ class Evaluator:
     def __init__(self, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], settings: EvalSettings):
         if policy.tuned is not None:
             modes_of(settings.modes, full=True)
+        if settings.origin is not None:
+            policy.load_frozen_copy(_ORIGIN, Path(settings.origin))
         self.policy, self.reward, self.prompts, self.settings = policy, reward, prompts, settings
         self.negative = policy.encode([""])
         self.shape = policy.latent_shape(settings.resolution)
@@ -185,7 +190,8 @@ class Evaluator:
         cond = self._conditioning(unit)
         ids = [SampleId(settings.seed, job.prompt_id, job.k) for job in unit]
         noise = SampleNoise(ids, self.shape, policy.device)
-        guided = guidance.rlg(base, tuned, weights_B)
+        origin = base if settings.origin is None else self._origin()
+        guided = guidance.rlg(origin, tuned, weights_B)
         x, kl_B, passes_B = noise.initial(), torch.zeros(len(unit)), torch.zeros(len(unit), dtype=torch.long)
         wasted = 0.0
         for i in range(len(schedule)):
@@ -195,12 +201,17 @@ class Evaluator:
             stochastic = bool(schedule.std[i] > 0)
             if stochastic:
                 started = self._now()
+                if origin is not base:
+                    base_out, known_B = torch.zeros_like(out), torch.zeros_like(known_B)
                 if not bool(known_B.all()):  # w = 1 skips the base, which the KL needs: an extra pass, off the clock
                     base_out = base_out + guidance.on_rows(base, ~known_B, x, t_B, cond)
                 kl_B += sampling.path_kl_step(schedule, i, out, base_out).cpu()
                 wasted += self._now() - started
             x = process.step(schedule, i, x, out, noise.step() if stochastic else None)
         return x, kl_B if schedule.stochastic_steps() else None, passes_B, wasted
+
+    def _origin(self) -> guidance.Predictor:
+        return guidance.with_cfg(partial(self.policy.predict_as, _ORIGIN), self.negative, self.settings.cfg)
 
     def _conditioning(self, unit: Sequence[Job]) -> Any:
         texts = [self.prompts[job.prompt_id].text for job in unit]
@@ -256,6 +267,11 @@ def build_parser() -> Parser:
     add("--config", type=Path, help="YAML file with any of these options; the command line wins")
     add("--ckpt", "--tuned", metavar="TUNED", help=TUNED_HELP)
     add("--base", help="base model (default: the one that the adapter was trained on)")
+    add(
+        "--origin",
+        metavar="FILE",
+        help="adapter that guidance starts from instead of the base: CKPT/trainer_state/lora_old.safetensors of NFT",
+    )
     add("--scales", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3], help="values of w")
     add("--modes", nargs="+", help=f"default: {' '.join(MODES)} (for a full network without {LORA_SCALE})")
     add("--prompts", help="prompt set (default: the held-out set of the run)")
@@ -325,6 +341,7 @@ def _settings(args: argparse.Namespace) -> EvalSettings:
         k=args.k,
         seed=args.seed,
         batch_size=args.batch_size,
+        origin=args.origin,
     )
 
 
@@ -366,10 +383,11 @@ def run(args: argparse.Namespace) -> Path:
         print(networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
     evaluator = Evaluator(policy, reward, prompts, settings)
     name, home = home_of(args.ckpt)
-    ident = f"{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
+    origin = "" if settings.origin is None else f"-from-{Path(settings.origin).stem}"
+    ident = f"{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}{origin}"
     folder = args.output or home / "eval" / f"{Path(args.ckpt).resolve().name}-{ident}"
     meta = {
-        "name": name,
+        "name": name if settings.origin is None else f"{name} from {Path(settings.origin).stem}",
         "base": base,
         "adapter": str(Path(args.ckpt)),
         "trained_rewards": trained,

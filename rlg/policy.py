@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlg import adapters, networks
@@ -145,6 +147,23 @@ class Policy:
             parameter.data = source.detach().clone()
             parameter.requires_grad_(False)
         return frozen
+
+    def load_frozen_copy(self, name: str, file: Path) -> None:
+        """Attach a second adapter of the LoRA's shape, from the weights that a trainer keeps of it (NFT's old policy).
+
+        Raises ValueError if the file is missing, damaged or of another shape.
+        """
+        assert self.tuned is None, "a full network has no adapter to stand beside"
+        try:
+            saved = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is missing or damaged: {error}") from error
+        parameters = self.trainable()
+        values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
+        if [tuple(v.shape) for v in values] != [tuple(p.shape) for p in parameters]:
+            raise ValueError(f"{file} holds no second adapter of the one that is loaded")
+        for parameter, value in zip(self.add_frozen_copy(name), values, strict=True):
+            parameter.data.copy_(value)
 
     def predict_as(self, name: str, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The output with another adapter of the network on. Goes through the bare network."""

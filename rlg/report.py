@@ -38,7 +38,7 @@ MARKS = {
     "tuned_2x_steps": {"linestyle": "none", "marker": "D", "zorder": 3.1},
 }
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito, safe for colour-blind eyes
-INK, MUTED, GRID = "#1d232b", "#6b7583", "#e3e7ec"
+INK, MUTED, GRID, FALL = "#1d232b", "#6b7583", "#e3e7ec", "#b04a00"
 STYLE = {
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
     **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
@@ -148,6 +148,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
                 handles |= {label: line} if line else {}
         if len(runs) == 1:
             _draw_cursors(axes, panel, runs[0].points("rlg"), i)
+            _draw_fall(axes, panel, runs[0].summary["falls"])
     columns = len(MODE_NAMES) if len(runs) == 1 else min(len(runs), 4)  # a legend fills its columns first
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns, frameon=False)
     return figure
@@ -216,10 +217,18 @@ def _draw_cursors(axes: Axes, panel: Panel, sweep: Sequence[dict[str, Any]], ind
             axes.plot([x], [y], "o", markersize=11, markerfacecolor="none", **look)
 
 
+def _draw_fall(axes: Axes, panel: Panel, falls: Mapping[str, Any]) -> None:
+    """Mark the w from which a held-out reward falls."""
+    if panel.x == "w" and (fall := falls.get(panel.reward)):
+        axes.axvline(fall["w"], color=FALL, linewidth=1.2, linestyle=":", zorder=1)
+        above = axes.get_xaxis_transform()
+        axes.text(fall["w"], 0.02, " falls", transform=above, ha="left", va="bottom", fontsize=8.5, color=FALL)
+
+
 def inline_svg(svg: str) -> str:
     """The <svg> element, its colours as CSS variables (it follows the page into the dark), its cursors left to CSS."""
     svg = re.sub(r'; stroke-opacity: 0(?=[;"])', "", svg[svg.index("<svg") :])
-    names = {INK: "ink", MUTED: "muted", GRID: "line", "#ffffff": "panel"}
+    names = {INK: "ink", MUTED: "muted", GRID: "line", FALL: "bad", "#ffffff": "panel"}
     names |= {colour: f"c{i}" for i, colour in enumerate(PALETTE)}
     for colour, name in names.items():
         svg = svg.replace(colour, f"var(--{name})")

@@ -234,7 +234,34 @@ def summarise(rows: Sequence[Row], meta: Mapping[str, Any]) -> dict[str, Any]:
         "adapter": meta["adapter"],
         "meta": dict(meta),
         "points": [_point(points[key], references) for key in sorted(points)],
+        "falls": {
+            name: first_fall({w: group for (mode, w), group in points.items() if mode == "rlg"}, name)
+            for name in rows[0].rewards
+            if name not in meta.get("trained_rewards", rows[0].rewards)
+        },
     }
+
+
+def first_fall(sweep: Mapping[float, Sequence[Row]], reward: str) -> dict[str, Any] | None:
+    """Where a reward starts to fall along w: the first w >= 0 at which it is below its best at a smaller w, paired.
+
+    Below: the 95% interval of the difference is. None if it never is. The guard against reward hacking: of a reward
+    that was not trained on, it says how far w may go.
+    """
+    best: float | None = None
+    for w in sorted(w for w in sweep if w >= 0):
+        if best is not None and (matched := pair(sweep[w], sweep[best])):
+            ours, theirs = ([row.rewards[reward] for row in side] for side in zip(*matched, strict=True))
+            delta = paired_difference(ours, theirs, [row.prompt_id for row, _ in matched])
+            if delta.high < 0:
+                return {"w": w, "from": best, **_named("delta", delta)}
+        if best is None or _mean(sweep[w], reward) > _mean(sweep[best], reward):
+            best = w
+    return None
+
+
+def _mean(rows: Sequence[Row], reward: str) -> float:
+    return float(np.mean([row.rewards[reward] for row in rows]))
 
 
 def _point(rows: Sequence[Row], references: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

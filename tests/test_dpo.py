@@ -164,6 +164,17 @@ def test_preferences_are_learnt(tiny_dpo: Make) -> None:
     assert late["accuracy"] > 0.9 and late["winner_gain"] > late["loser_gain"]
 
 
+def test_only_the_noisier_levels_are_drawn(family: str, tiny_dpo: Make) -> None:
+    loss = tiny_dpo(family, min_noise=0.6).pair_loss
+    whole, drawn = loss.policy.process(), process.sample_t(loss.process, 2000, torch.Generator().manual_seed(0))
+    noise_to_signal = whole.sigma / whole.alpha.clamp(min=1e-6)
+    assert noise_to_signal[drawn].min() >= noise_to_signal.quantile(0.59)
+    assert noise_to_signal[drawn].max() > noise_to_signal.quantile(0.95)
+    assert float(loss.process.density.sum()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="min_noise must be at least 0 and less than 1, got 1"):
+        tiny_dpo(min_noise=1.0)
+
+
 def test_held_out_pairs_are_measured_the_same_way_each_time(tiny_dpo: Make) -> None:
     evaluation = {"eval_steps": 1, "eval_prompts": "tinyworld:composition/test", "test_split": "train"}
     trainer = tiny_dpo(max_steps=30, ema_decay=0.0, caption_dropout=0.0, test_pairs=7, test_draws=4, **evaluation)

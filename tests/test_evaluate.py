@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rewards import RewardMix
@@ -427,3 +428,22 @@ def test_main_evaluates_goes_on_and_reports(
             evaluation.main([*arguments, "--scales", "0", "1", *change, "--output", str(folder)])
         assert stopped.value.code == 2 and "give --output another folder" in capsys.readouterr().err
     assert not made
+
+
+def test_guidance_may_start_from_another_adapter(tiny_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """From a copy of the tuned model no w changes anything; from a zero LoRA it is guidance from the base."""
+    tuned = [p.detach().clone() for p in tiny_policy("sd3").trainable()]
+    plain_rows = evaluator(tiny_policy("sd3")).generate(unit := jobs(2.0) + jobs(1.0))
+    for name, factor in (("tuned", 1.0), ("zero", 0.0)):
+        save_file({str(i): factor * p for i, p in enumerate(tuned)}, tmp_path / name)
+        found = evaluator(tiny_policy("sd3"), origin=str(tmp_path / name)).generate(unit)
+        torch.testing.assert_close(found.pixels_B3HW[4:], plain_rows.pixels_B3HW[4:], rtol=0, atol=1e-5)
+        same = found.pixels_B3HW[4:] if name == "tuned" else plain_rows.pixels_B3HW[:4]
+        torch.testing.assert_close(found.pixels_B3HW[:4], same, rtol=0, atol=1e-5)
+        expected = plain_rows.kl_B[4:] if name == "tuned" else plain_rows.kl_B[:4]  # the KL is the base's still
+        torch.testing.assert_close(found.kl_B[:4], expected, rtol=1e-4, atol=1e-6)
+    save_file({"0": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no second adapter of the one that is loaded"):
+        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="none is missing or damaged"):
+        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "none"))

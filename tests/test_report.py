@@ -354,3 +354,13 @@ def test_hostile_name_in_a_browser(tmp_path, browser):
     assert browser.title.startswith("</script><script>")
     assert browser.get_log("browser") == []
     assert [url for url in requests_of(browser) if not url.startswith("data:")] == [page]
+
+
+def test_the_page_marks_where_a_held_out_reward_falls(evaluation, tmp_path):
+    page = write_report(evaluation).read_text(encoding="utf-8")
+    assert "<b>held</b> falls from w = 0.5 on: -0.500" in page and "against w = 0</p>" in page
+    assert "<b>fit</b> falls" not in page  # trained on
+    assert " falls</text>" in (evaluation / "curves.svg").read_text()
+    lines = [line | {"rewards": line["rewards"] | {"held": line["w"]}} for line in score_lines()]
+    rising = write_evaluation(tmp_path / "rising", lines)
+    assert "falls" not in write_report(rising).read_text(encoding="utf-8").partition("<body")[2]

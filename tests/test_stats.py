@@ -8,7 +8,17 @@ import warnings
 import numpy as np
 import pytest
 
-from rlg.stats import Estimate, Row, bootstrap_mean, pair, paired_difference, read_rows, summarise, win_rate
+from rlg.stats import (
+    Estimate,
+    Row,
+    bootstrap_mean,
+    first_fall,
+    pair,
+    paired_difference,
+    read_rows,
+    summarise,
+    win_rate,
+)
 
 RECORD = {
     "prompt_id": 3,
@@ -214,3 +224,33 @@ def test_summary_warns_of_images_without_partner():
     rows = [make_row(w=1), make_row(w=2), make_row(w=2, k=7)]
     with pytest.warns(UserWarning, match="rlg w=2: 1 of 2 images have no tuned partner"):
         summarise(rows, {"base": "b", "adapter": "a"})
+
+
+def sweep_of(means: dict[float, float], noise: float = 0.0) -> dict[float, list[Row]]:
+    """40 prompts an image each; `noise` is the paired noise of each w."""
+    rng = np.random.default_rng(0)
+    rows = {w: rng.normal(mean, noise, size=40) for w, mean in means.items()}
+    easy = rng.normal(size=40)  # a prompt's ease, shared by all w
+    return {
+        w: [make_row(prompt_id=i, w=w, rewards={"held": float(v + easy[i])}) for i, v in enumerate(values)]
+        for w, values in rows.items()
+    }
+
+
+def test_a_held_out_reward_falls_where_its_paired_interval_does():
+    assert first_fall(sweep_of({0: 1.0, 1: 1.2, 2: 1.1, 3: 0.9}), "held") == {
+        "w": 2,
+        "from": 1,  # its best so far, not the base
+        "delta": pytest.approx(-0.1),
+        "delta_ci95": pytest.approx([-0.1, -0.1]),
+    }
+    assert first_fall(sweep_of({0: 1.0, 1: 1.2, 2: 1.2}), "held") is None
+    assert first_fall(sweep_of({0: 1.0, 1: 0.95, 2: 0.5}, noise=0.3), "held")["w"] == 2  # 0.05 lies within the noise
+    assert first_fall(sweep_of({-1: 2.0, 0: 1.0, 1: 1.1}), "held") is None  # w < 0 leads away from the tuned model
+
+
+def test_only_held_out_rewards_are_guarded():
+    rows = [row for w in (0, 1) for row in sweep_of({0: 1.0, 1: 0.5})[w]]
+    meta = {"base": "b", "adapter": "a"}
+    assert summarise(rows, meta | {"trained_rewards": []})["falls"]["held"]["w"] == 1
+    assert summarise(rows, meta | {"trained_rewards": ["held"]})["falls"] == {}

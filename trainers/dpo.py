@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -52,12 +52,17 @@ class LossConfig(TrainConfig):
 
     beta: float = field(default=5000.0, metadata={"help": "strength of the KL, with the factor 1/2 of the paper"})
     loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid, hinge or ipo"})
+    min_noise: float = field(
+        default=0.0, metadata={"help": "noise levels are drawn from this share of the process on; 0: from all of it"}
+    )
     caption_dropout: float = field(default=0.2, metadata={"help": "share of pairs trained with an empty caption"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         common.require_choice(self, "loss_type", LOSSES)
         common.require_positive(self, "beta")
+        if not 0 <= self.min_noise < 1:
+            raise ValueError(f"min_noise must be at least 0 and less than 1, got {self.min_noise}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}")
 
@@ -164,12 +169,21 @@ class LatentPairs:
     loser_cond: Conditioning
 
 
+def noisier(whole: Process, share: float) -> Process:
+    """The process, of which no noise level below this share of its rows is drawn.
+
+    Where objects go is decided at high noise, and in the error of predicted noise the low levels outweigh it.
+    """
+    density = whole.density * (torch.arange(len(whole.density)) >= share * len(whole.density))
+    return replace(whole, density=density / density.sum())
+
+
 class PairLoss:
     """The loss of latent pairs under a trainer's policy, for both trainers."""
 
     def __init__(self, trainer: Trainer, config: LossConfig):
         self.policy, self.autocast, self.config = trainer.policy, trainer.accelerator.autocast, config
-        self.process: Process = trainer.policy.process()
+        self.process = noisier(trainer.policy.process(), config.min_noise)
 
     def __call__(self, pairs: LatentPairs, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss at one random noise level a pair."""
