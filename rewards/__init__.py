@@ -93,7 +93,14 @@ REWARDS: dict[str, RewardSpec] = {
     ),
     "ocr": RewardSpec("rewards.ocr:ocr", "the quoted text is legible", "[0, 1]", "PP-OCR",
                       source="rapidocr or paddleocr", modules=("rapidocr", "onnxruntime", "rapidfuzz"), extra="ocr"),
-    "geneval": RewardSpec(None, "composition of photos", "[0, 1]", "Mask2Former + CLIP ViT-L/14", "HTTP server"),
+    "geneval": RewardSpec(
+        "rewards.geneval:partial", "composition of photos", "[0, 1]", "Mask2Former + CLIP ViT-L/14",
+        "download", "a folder or hub id with a Mask2Former",
+    ),
+    "geneval_strict": RewardSpec(
+        "rewards.geneval:strict", "its verdict", "0 or 1", "Mask2Former + CLIP ViT-L/14",
+        "download", "a folder or hub id with a Mask2Former",
+    ),
     "unifiedreward": RewardSpec(None, "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5", "sglang server"),
     "qwenvl": RewardSpec(None, "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct", "GPU, download"),
     "remote": RewardSpec(None, "any reward behind HTTP", "the server's", "the server's", "HTTP server"),

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from rewards import Reward
-from rewards.models import Origin, batched, half_on_gpu
+from rewards.models import Origin, batched, half_on_gpu, pretrained
 from rewards.pixels import centre_crop
 from rewards.step_aware import CLIP_H
 
@@ -56,17 +56,7 @@ class Clip:
 
 def read(origin: Origin, device: torch.device | str, dtype: torch.dtype) -> CLIPModel:
     """A frozen CLIP from a folder or the hub. Raises ValueError if it is not there, or is no CLIP in safetensors."""
-    try:
-        model, found = CLIPModel.from_pretrained(
-            origin.place, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except Exception as error:  # the hub and transformers raise whatever they meet
-        if origin.folder is None:
-            raise origin.absent("CLIP", origin.place, (), error) from error
-        raise origin.unreadable(f"the CLIP in {origin.place}", error) from error
-    if missing := found["missing_keys"]:
-        raise ValueError(f"reward {origin.reward!r}: {origin.place} is no CLIP, it lacks {min(missing)}")
-    return model.to(device).requires_grad_(False)
+    return pretrained(CLIPModel, "CLIP", origin, device, dtype)
 
 
 def pickscore(device: torch.device | str, source: str | None = None) -> Reward:

@@ -117,6 +117,22 @@ def assemble(
     return model.requires_grad_(False)
 
 
+def pretrained(kind: type[Model], what: str, origin: Origin, device: torch.device | str, dtype: torch.dtype) -> Model:
+    """A frozen transformers model from a folder or the hub, called `what` in errors.
+
+    Raises ValueError if it is not there, or is none of that kind in safetensors.
+    """
+    try:
+        model, found = kind.from_pretrained(origin.place, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # the hub and transformers raise whatever they meet
+        if origin.folder is None:
+            raise origin.absent(what, origin.place, (), error) from error
+        raise origin.unreadable(f"the {what} in {origin.place}", error) from error
+    if missing := found["missing_keys"]:
+        raise ValueError(f"reward {origin.reward!r}: {origin.place} is no {what}, it lacks {min(missing)}")
+    return model.to(device).requires_grad_(False)
+
+
 def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
     """A tensor's name after all (pattern, replacement) in turn."""
     for pattern, replacement in rules:

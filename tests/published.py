@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
+from transformers import (
+    BlipTextConfig,
+    BlipVisionConfig,
+    CLIPConfig,
+    CLIPModel,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    SwinConfig,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 SIDE, PATCH = 28, 14
@@ -197,4 +205,29 @@ def write_clip(folder: Path) -> CLIPModel:
     model.load_state_dict(random_tensors(shapes) | {"logit_scale": torch.tensor(4.6)})
     model.save_pretrained(folder)
     write_clip_tokenizer(folder)
+    return model
+
+
+def tiny_mask2former_config(classes: int) -> Mask2FormerConfig:
+    """A Mask2Former with Swin, of 9 queries and the least widths that its normalisation allows."""
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = {"image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+    widths = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "dim_feedforward": 32}
+    return Mask2FormerConfig(
+        backbone_config=SwinConfig(**swin, out_features=stages),
+        **widths,
+        **layers,
+        num_queries=9,
+        num_labels=classes,
+    )
+
+
+def write_mask2former(folder: Path, classes: int = 80) -> Mask2FormerForUniversalSegmentation:
+    """A random Mask2Former as on the hub: config.json and model.safetensors; returned, too. Its classes are sure."""
+    torch.manual_seed(0)
+    model = Mask2FormerForUniversalSegmentation(tiny_mask2former_config(classes)).eval()
+    with torch.no_grad():
+        model.class_predictor.weight.normal_(std=2.0)
+    model.save_pretrained(folder)
     return model

@@ -28,7 +28,7 @@ IN_RANGE: dict[str, Callable[[Tensor], Tensor]] = {
     "< 0": lambda s: s < 0,
     "> 0": lambda s: s > 0,
 }
-NOT_YET = ("geneval", "unifiedreward", "qwenvl", "remote")
+NOT_YET = ("unifiedreward", "qwenvl", "remote")
 
 
 def _batch(name: str) -> tuple[Tensor, list[str], list[dict]]:
