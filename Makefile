@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "   torch ..."
 	@$(PIP) torch
 	@echo "   diffusers, transformers, peft and the rest ..."
-	@$(PIP) -e '.[dev,wandb,tensorboard]'
+	@$(PIP) -e '.[dev,wandb,tensorboard,hpsv2]'
 	@touch $@
 
 test: $(STAMP)

@@ -67,14 +67,40 @@ REWARDS: dict[str, RewardSpec] = {
     "jpeg_incompressibility": RewardSpec("rewards.jpeg:incompressibility", "the JPEG's kB", "> 0", "Pillow"),
     "composition": RewardSpec("rewards.composition:partial", "GenEval's partial credit", "[0, 1]", "blobs"),
     "composition_strict": RewardSpec("rewards.composition:strict", "GenEval's verdict", "0 or 1", "blobs"),
-    "pickscore": RewardSpec(None, "human preference", "about 18 to 24", "yuvalkirstain/PickScore_v1", "download"),
-    "hpsv2": RewardSpec(None, "human preference", "about 0.14 to 0.31", "xswu/HPSv2 (v2.1)", "download"),
-    "imagereward": RewardSpec(None, "human preference", "about -2 to 2", "ImageReward-v1.0", "download"),
-    "aesthetic": RewardSpec(None, "LAION aesthetics", "about 4 to 7", "CLIP ViT-L/14 + linear head", "download"),
-    "clipscore": RewardSpec(None, "text-image cosine", "about 0.15 to 0.35", "CLIP ViT-L/14", "download"),
+    "pickscore": RewardSpec(
+        "rewards.clip:pickscore", "human preference", "about 18 to 24", "yuvalkirstain/PickScore_v1",
+        "download", "a folder or hub id with a CLIP",
+    ),
+    "hpsv2": RewardSpec(
+        "rewards.hpsv2:v2_1", "human preference", "about 0.14 to 0.31", "xswu/HPSv2 (v2.1)",
+        "download", "HPS_v2.1_compressed.pt, or its folder", modules=("ftfy",), extra="hpsv2",
+    ),
+    "hpsv2_v2.0": RewardSpec(
+        "rewards.hpsv2:v2_0", "human preference", "about 0.23 to 0.28", "xswu/HPSv2 (v2.0)",
+        "download", "HPS_v2_compressed.pt, or its folder", modules=("ftfy",), extra="hpsv2",
+    ),
+    "imagereward": RewardSpec(
+        "rewards.imagereward:imagereward", "human preference", "about -2 to 2", "ImageReward-v1.0",
+        "download", "ImageReward.pt, or its folder",
+    ),
+    "aesthetic": RewardSpec(
+        "rewards.aesthetic:aesthetic", "LAION aesthetics", "about 4 to 7", "CLIP ViT-L/14 + linear head",
+        "download", "sac+logos+ava1-l14-linearMSE.pth, or its folder",
+    ),
+    "clipscore": RewardSpec(
+        "rewards.clip:clipscore", "text-image cosine", "about 0.15 to 0.35", "CLIP ViT-L/14",
+        "download", "a folder or hub id with a CLIP",
+    ),
     "ocr": RewardSpec("rewards.ocr:ocr", "the quoted text is legible", "[0, 1]", "PP-OCR",
                       source="rapidocr or paddleocr", modules=("rapidocr", "onnxruntime", "rapidfuzz"), extra="ocr"),
-    "geneval": RewardSpec(None, "composition of photos", "[0, 1]", "Mask2Former + CLIP ViT-L/14", "HTTP server"),
+    "geneval": RewardSpec(
+        "rewards.geneval:partial", "composition of photos", "[0, 1]", "Mask2Former + CLIP ViT-L/14",
+        "download", "a folder or hub id with a Mask2Former",
+    ),
+    "geneval_strict": RewardSpec(
+        "rewards.geneval:strict", "its verdict", "0 or 1", "Mask2Former + CLIP ViT-L/14",
+        "download", "a folder or hub id with a Mask2Former",
+    ),
     "unifiedreward": RewardSpec(None, "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5", "sglang server"),
     "qwenvl": RewardSpec(None, "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct", "GPU, download"),
     "remote": RewardSpec(None, "any reward behind HTTP", "the server's", "the server's", "HTTP server"),

@@ -23,8 +23,7 @@ Differences from Flow-GRPO's score
 3. Its wrong position adds a 0 and then a 1 to the mean; here it adds the share alone.
 
 `score` knows no detector: it takes `Detection`s. The rewards `composition` and `composition_strict` use the detector
-of the tinyworld, `rewards.blobs`. (GenEval's own detector drops detections under confidence 0.3, or 0.9 for the tag
-counting, before they come here.)
+of the tinyworld, `rewards.blobs`; `geneval` and `geneval_strict` (rewards/geneval.py) that of GenEval, for photos.
 """
 
 from __future__ import annotations
@@ -197,18 +196,17 @@ def _tinyworld_reward(pick: Callable[[CompositionScore], float]) -> Reward:
 
     def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         for row in metadata:
-            _check_vocabulary(parse(row), (*SHAPES, SIGN), PALETTE)
+            check_vocabulary(parse(row), (*SHAPES, SIGN), PALETTE)
         results = [score(row, detect(image)) for image, row in zip(images_B3HW, metadata, strict=True)]
         return torch.tensor([pick(result) for result in results], dtype=torch.float32)
 
     return reward
 
 
-def _check_vocabulary(needed: Requirements, names: Collection[str], colors: Collection[str]) -> None:
-    """A detector that cannot see what a prompt asks for would score it 0 for ever; refuse instead."""
+def check_vocabulary(needed: Requirements, names: Collection[str], colors: Collection[str]) -> None:
+    """Raises ValueError for what a detector cannot see, as it would score such a prompt 0 for ever."""
     for clause in (*needed.include, *needed.exclude):
         if clause.name not in names or (clause.color is not None and clause.color not in colors):
             thing = clause.name if clause.color is None else f"{clause.color} {clause.name}"
-            raise ValueError(
-                f"the tinyworld's detector cannot see a {thing!r}; it knows {', '.join(names)} in {', '.join(colors)}"
-            )
+            known = f"{', '.join(names)} in {', '.join(colors)}"
+            raise ValueError(f"the reward's detector cannot see a {thing!r}; it knows {known}")

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from rewards import Reward
+from rewards.pixels import pil_images
 
 QUALITY = 95
 
 
 def size_kb(images_B3HW: Tensor) -> Tensor:
     """Size in kB (1000 bytes) of each image, float in [0, 1], as a JPEG of quality 95; (B,) fp32 on CPU."""
-    pixels_BHW3 = (images_B3HW.float().cpu() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return torch.tensor([_encoded_bytes(Image.fromarray(image)) / 1000 for image in pixels_BHW3], dtype=torch.float32)
+    return torch.tensor([_encoded_bytes(image) / 1000 for image in pil_images(images_B3HW)], dtype=torch.float32)
 
 
 def _encoded_bytes(image: Image.Image) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
+from rewards.models import difference
+from rewards.pixels import CLIP_MEAN, CLIP_STD
+
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose size, tokenizer and preprocessing the released weights have
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 _FREQUENCIES = 256
 _PERIOD = 10_000
 _BUFFERS = ("position_ids",)  # older transformers saved these constants
@@ -143,7 +145,7 @@ class StepAwareModel(nn.Module):
             images = interpolate(images, size, mode="bicubic", align_corners=False).clamp(0, 1)
         top, left = ((length - side) // 2 for length in size)
         images = images[:, :, top : top + side, left : left + side]
-        mean, std = (torch.tensor(row, device=images.device).view(3, 1, 1) for row in (_MEAN, _STD))
+        mean, std = (torch.tensor(row, device=images.device).view(3, 1, 1) for row in (CLIP_MEAN, CLIP_STD))
         return (images - mean) / std
 
     def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
@@ -218,20 +220,9 @@ def _fill(model: StepAwareModel, file: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     found = {name: tensor.float() for name, tensor in found.items() if name.rsplit(".", 1)[-1] not in _BUFFERS}
-    difference = _difference(model.state_dict(), found)
-    if difference:
-        raise ValueError(f"{file} is not a step-aware preference model: {difference}")
+    if wrong := difference(model.state_dict(), found):
+        raise ValueError(f"{file} is not a step-aware preference model: {wrong}")
     model.load_state_dict(found)
-
-
-def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    for names, word in ((expected.keys() - found.keys(), "lacks"), (found.keys() - expected.keys(), "also holds")):
-        if names:
-            return f"it {word} {len(names)} tensors, first {min(names)}"
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            return f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-    return ""
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Prompts and their metadata: text files, GenEval jsonl, and the tinyworld's own sets."""
+"""Prompts and their metadata: text files, GenEval jsonl, columns of datasets, and the tinyworld's own sets."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 _TINYWORLD = "tinyworld:"
+_HUB = "hub:"
+_HUB_FORM = f"{_HUB}OWNER/NAME:SPLIT:COLUMN"
 _SIGNS = 256  # how many signs the tinyworld's text sets hold
 
 
@@ -25,14 +28,18 @@ class Prompt:
 def load(source: str) -> list[Prompt]:
     """Prompts of a source, in a fixed order.
 
-    source: `tinyworld:composition/train` (or text, all; or test), a .txt file with a prompt a line, or a .jsonl file
-    with a `prompt` and GenEval metadata in each row. Raises ValueError if it is missing, empty or malformed.
+    source: `tinyworld:composition/train` (or text, all; or test), a .txt file with a prompt a line, a .jsonl file with
+    a `prompt` and GenEval metadata in each row, or a column of texts of a dataset, `hub:OWNER/NAME:SPLIT:COLUMN`, as
+    hub:yuvalkirstain/pickapic_v1_no_images:test_unique:caption; a folder with its files may stand for OWNER/NAME.
+    Raises ValueError if it is missing, empty or malformed.
     """
+    if source.startswith(_HUB):
+        return _dataset(source)
     if source.startswith(_TINYWORLD):
         return _tinyworld(source.removeprefix(_TINYWORLD))
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"no such prompt file: {source} (or use {_TINYWORLD}composition/test)")
+        raise ValueError(f"no such prompt file: {source} (or use {_TINYWORLD}composition/test or {_HUB_FORM})")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: prompts may hold other separators
     except UnicodeDecodeError as error:
@@ -57,6 +64,39 @@ def _parse_json(line: str, place: str) -> Prompt:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f"{place}: a row needs a text under `prompt`")
     return Prompt(row.pop("prompt"), row)
+
+
+def _dataset(source: str) -> list[Prompt]:
+    """Texts of a column, in the dataset's order; the other columns are not metadata."""
+    parts = source.removeprefix(_HUB).rsplit(":", 2)
+    if len(parts) != 3 or not all(parts):
+        raise ValueError(f"a prompt set of the hub is named {_HUB_FORM}, got {source!r}")
+    name, split, column = parts
+    rows = _rows(name, split, column)
+    if column not in rows.column_names:
+        raise ValueError(f"{source}: no column {column!r}; it has {', '.join(rows.column_names)}")
+    texts = rows[column]
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{source}: row {index} holds no text but {textwrap.shorten(repr(text), 80)}")
+    prompts = [Prompt(text.strip()) for text in texts if text.strip()]
+    if not prompts:
+        raise ValueError(f"{source} holds no prompts")
+    return prompts
+
+
+def _rows(name: str, split: str, column: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # datasets and the hub raise whatever they meet
+        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+        message = f"cannot read the prompts {_HUB}{name}:{split}:{column} ({reason})"
+        if not Path(name).is_dir():
+            message += f"; `hf download --repo-type dataset {name} --local-dir DIR` where there is a network, then "
+            message += f"{_HUB}DIR:{split}:{column}"
+        raise ValueError(message) from error
 
 
 def _tinyworld(name: str) -> list[Prompt]:

@@ -103,6 +103,31 @@ def tiny_checkpoint(
     return folder
 
 
+def check_contract(
+    reward: Reward, images_B3HW: Tensor, prompts: list[str], metadata: list[dict], tolerance: float = 0.0
+) -> Tensor:
+    """The scores, after asserting that they are what `Reward` promises; each is the same in any batch."""
+
+    def close(scores: Tensor, expected: Tensor) -> bool:
+        return torch.allclose(scores, expected, rtol=tolerance, atol=tolerance)
+
+    before = images_B3HW.clone()
+    scores = reward(images_B3HW, prompts, metadata)
+    assert scores.shape == (len(prompts),)
+    assert scores.dtype == torch.float32 and scores.device.type == "cpu" and not scores.requires_grad
+    assert scores.isfinite().all()
+    assert torch.equal(images_B3HW, before), "a reward must not write into the images"
+    assert scores.unique().numel() > 1, "the batch does not exercise this reward"
+    alone = [reward(images_B3HW[i : i + 1], prompts[i : i + 1], metadata[i : i + 1]) for i in range(len(prompts))]
+    assert close(torch.cat(alone), scores)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = reward(images_B3HW[order], [prompts[i] for i in order], [metadata[i] for i in order])
+    assert close(shuffled, scores[order])
+    assert reward(images_B3HW[:0], [], []).shape == (0,)
+    assert torch.equal(reward(images_B3HW.clone().requires_grad_(), prompts, metadata), scores)
+    return scores
+
+
 def brightness(images_B3HW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     """A reward for tests: smooth, and quickly learnt by a random model."""
     return images_B3HW.mean(dim=(1, 2, 3))

@@ -215,7 +215,7 @@ def test_sample_writes_a_column_for_each_scale(checkpoint: Path, tmp_path: Path)
     ("options", "message"),
     [
         (["--reward", "composition", "beauty"], "unknown reward 'beauty'"),
-        (["--reward", "pickscore"], "reward 'pickscore' is not available yet"),
+        (["--reward", "unifiedreward"], "reward 'unifiedreward' is not available yet"),
         (["--held_out_reward", "beauty"], "unknown reward 'beauty'"),
         (["--reward_weights", "1", "2"], "1 rewards (jpeg_compressibility) but 2 weights"),
         (["--reward_weights", "nan"], "the weight of reward 'jpeg_compressibility' must be a finite number"),
@@ -334,11 +334,11 @@ def test_dry_run_prints_everything_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     options = ["--dry_run", "--num_prompts", "6", "--num_updates", "3", "--num_iterations", "2", "--max_steps", "10"]
     with pytest.raises(SystemExit) as stopped:
-        training(*options, "--reward", "pickscore", "--model", "stabilityai/stable-diffusion-3.5-medium")()
+        training(*options, "--reward", "unifiedreward", "--model", "stabilityai/stable-diffusion-3.5-medium")()
     assert stopped.value.code == 0
     out, err = capfd.readouterr()
     config = yaml.safe_load(out)  # the counts are comments
-    assert config["reward"] == ["pickscore"]  # a reward that is not there yet, and a model that is not downloaded
+    assert config["reward"] == ["unifiedreward"]  # a reward that is not there yet, and a model that is not downloaded
     assert config["lora_rank"] == 32
     counts = dict(line.removeprefix("# ").split(": ") for line in out.splitlines() if line.startswith("# images"))
     assert counts["images_per_iteration"] == "12"

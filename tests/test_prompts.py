@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 
 from rlg import prompts
@@ -79,6 +80,64 @@ def test_tinyworld_sets(split: str) -> None:
     assert len(signs) == len({p.text for p in signs}) == 256
     assert "text" not in {p.metadata["tag"] for p in shapes}
     assert prompts.load(f"tinyworld:all/{split}") == both  # an index into a set names the same prompt in every run
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset as on the hub: a parquet file for each split, in data/."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    captions = {"test_unique": ["a red circle", "  a caf\u00e9\n", "", "a red circle"], "train": ["a cross", "b", "c"]}
+    (tmp_path / "pickapic" / "data").mkdir(parents=True)
+    for split, texts in captions.items():
+        table = datasets.Dataset.from_dict({"caption": texts, "label_0": [0.5] * len(texts)})
+        table.to_parquet(tmp_path / "pickapic" / "data" / f"{split}-00000-of-00001-73a51cbb6488571d.parquet")
+    return tmp_path / "pickapic"
+
+
+def test_a_column_of_a_dataset(dataset: Path) -> None:
+    texts = ["a red circle", "a caf\u00e9", "a red circle"]  # in their order, and repeated ones repeated
+    assert prompts.load(f"hub:{dataset}:test_unique:caption") == [Prompt(text) for text in texts]
+    assert len(prompts.load(f"hub:{dataset}:train:caption")) == 3
+
+
+def test_a_hub_id_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"prompt": ["a"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert prompts.load("hub:owner/set:test:prompt") == [Prompt("a")]
+    assert asked == [("owner/set", "test")]
+
+
+@pytest.mark.parametrize("source", ["hub:", "hub:owner/set", "hub:owner/set:test", "hub:owner/set::caption", "hub:::"])
+def test_a_dataset_needs_its_split_and_column(source: str) -> None:
+    with pytest.raises(ValueError, match="a prompt set of the hub is named hub:OWNER/NAME:SPLIT:COLUMN, got 'hub:"):
+        prompts.load(source)
+
+
+def test_a_dataset_without_the_column_the_split_or_texts(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no column 'prompt'; it has caption, label_0$"):
+        prompts.load(f"hub:{dataset}:train:prompt")
+    with pytest.raises(ValueError, match=r"row 0 holds no text but 0\.5$"):
+        prompts.load(f"hub:{dataset}:train:label_0")
+    with pytest.raises(ValueError, match=r"^cannot read the prompts hub:.*:val:caption \(.*\)$"):
+        prompts.load(f"hub:{dataset}:val:caption")
+
+
+def test_a_dataset_that_is_not_here_is_said_in_one_line_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(ValueError) as caught:
+        prompts.load("hub:no-such-owner/set:test:caption")
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500
+    assert message.startswith("cannot read the prompts hub:no-such-owner/set:test:caption (")
+    assert "`hf download --repo-type dataset no-such-owner/set --local-dir DIR` where there is a network" in message
+    assert message.endswith("then hub:DIR:test:caption")
 
 
 def test_spread_is_even_ordered_and_keeps_the_shares() -> None:

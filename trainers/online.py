@@ -35,7 +35,9 @@ class OnlineConfig(TrainConfig):
     MIN_GENERATIONS: ClassVar[int] = 2  # an algorithm that compares within a group needs two
 
     reward: list[str] = field(metadata={"help": "rewards to train on"})
-    prompts: str = field(metadata={"help": "training prompts: tinyworld:composition/train, a .txt or a .jsonl file"})
+    prompts: str = field(
+        metadata={"help": "training prompts: tinyworld:composition/train, a .txt or .jsonl file, hub:SET:SPLIT:COLUMN"}
+    )
     num_prompts: int = field(default=48, metadata={"help": "prompts an iteration, over all processes"})
     num_generations: int = field(default=24, metadata={"help": "images a prompt: the group"})
     num_updates: int = field(default=1, metadata={"help": "optimizer steps for one pass over an iteration's images"})

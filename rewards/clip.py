@@ -1,0 +1,77 @@
+"""CLIP as a reward: PickScore (arXiv 2305.01569) and CLIPScore, and the CLIP that other rewards are built on.
+
+    pickscore = exp(logit_scale) cos( image, prompt )    clipscore = cos( image, prompt )
+
+The models are yuvalkirstain/PickScore_v1 and openai/clip-vit-large-patch14, or a folder or hub id in their layout
+(config.json and safetensors). Images are prepared as by transformers' CLIP processor: shorter side to 224 by PIL's
+bicubic, centre crop, CLIP's mean and std. Long prompts are cut at 77 tokens. PickScore is in fp32, as published, on
+any device. Flow-GRPO divides it by 26; a weight of 1/26 gives that scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
+
+from rewards import Reward
+from rewards.models import Origin, batched, half_on_gpu, pretrained
+from rewards.pixels import centre_crop
+from rewards.step_aware import CLIP_H
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"  # has the tokenizer of CLIP_H
+CLIP_L = "openai/clip-vit-large-patch14"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """transformers' CLIP with what prepares its inputs."""
+
+    model: CLIPModel
+    tokenizer: PreTrainedTokenizerBase | None = None  # None: prompts are not read
+    prepare: Callable[[Tensor, int], Tensor] = centre_crop  # (images in [0, 1], side) -> normalised squares
+
+    def image_features(self, images_B3HW: Tensor) -> Tensor:
+        """(B, D), of length 1 and in fp32, of images in [0, 1]."""
+        pixels = self.prepare(images_B3HW, self.model.config.vision_config.image_size)
+        pooled = self.model.vision_model(pixels.to(self.model.device, self.model.dtype)).pooler_output
+        return normalize(self.model.visual_projection(pooled).float(), dim=1)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """(B, D), of length 1 and in fp32."""
+        assert self.tokenizer is not None, "a CLIP that is to read prompts needs its tokenizer"
+        length = self.model.config.text_config.max_position_embeddings
+        rows = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
+        pooled = self.model.text_model(torch.tensor(rows["input_ids"], device=self.model.device)).pooler_output
+        return normalize(self.model.text_projection(pooled).float(), dim=1)
+
+    def cosine(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) cosines of each image with its own prompt."""
+        return (self.image_features(images_B3HW) * self.text_features(prompts)).sum(dim=1)
+
+
+def read(origin: Origin, device: torch.device | str, dtype: torch.dtype) -> CLIPModel:
+    """A frozen CLIP from a folder or the hub. Raises ValueError if it is not there, or is no CLIP in safetensors."""
+    return pretrained(CLIPModel, "CLIP", origin, device, dtype)
+
+
+def pickscore(device: torch.device | str, source: str | None = None) -> Reward:
+    """Factory of `pickscore`; source: a folder or hub id. Raises ValueError if it is not there."""
+    origin = Origin.of("pickscore", source, PICKSCORE)
+    clip = Clip(read(origin, device, torch.float32), origin.tokenizer(CLIPTokenizer, CLIP_H))
+
+    def score(images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return clip.model.logit_scale.exp() * clip.cosine(images_B3HW, prompts)
+
+    return batched(score)
+
+
+def clipscore(device: torch.device | str, source: str | None = None) -> Reward:
+    """Factory of `clipscore`; source: a folder or hub id. Raises ValueError if it is not there."""
+    origin = Origin.of("clipscore", source, CLIP_L)
+    clip = Clip(read(origin, device, half_on_gpu(device)), origin.tokenizer(CLIPTokenizer, CLIP_L))
+    return batched(clip.cosine)
