@@ -1,4 +1,5 @@
 # make demo | test | test-slow | lint | format | clean; each sets up .venv first, once.
+# make test-parity compares rewards with the published packages, in an environment of its own (.venv-parity, 5 GB).
 #
 #   PYTHON=python3.12                interpreter of the environment (default: python3.11, else python3)
 #   PIP_FLAGS="--extra-index-url U"  more flags for pip, as for a build of torch without CUDA
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow demo lint format clean
+.PHONY: help venv test test-slow test-parity demo lint format clean
 
 # The first that runs, not the first that is found: a version manager's shim may stand for nothing.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
@@ -22,6 +23,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt $(PIP_FLAGS)
+
+PARITY := .venv-parity
+PARITY_PIP := $(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -52,6 +56,22 @@ test-slow: $(STAMP)
 	@echo '== slow tests'
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)
 
+test-parity: $(PARITY)/.installed
+	@echo '== rewards against the published packages'
+	@CUDA_VISIBLE_DEVICES= $(PARITY)/bin/python -m pytest -q tests/parity $(PYTEST_FLAGS)
+
+# The packages need torchvision, which needs its own build of torch: that of PyPI, whatever PIP_FLAGS says. Their pins
+# contradict everything else, hence --no-deps; timm has the version that image-reward asks for. hpsv2 comes without its
+# vocabulary, which open_clip has.
+$(PARITY)/.installed: pyproject.toml constraints.txt
+	@echo '== environment: $(PARITY), many minutes, once'
+	@$(PYTHON) -m venv --clear $(PARITY)
+	@$(PARITY_PIP) -c constraints.txt torch torchvision
+	@$(PARITY_PIP) -c constraints.txt -e '.[dev,hpsv2]'
+	@$(PARITY_PIP) --no-deps hpsv2==1.2.0 image-reward==1.5 timm==0.6.13 open_clip_torch==3.3.0
+	@cd $(PARITY)/lib/python3*/site-packages && cp open_clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/
+	@touch $@
+
 # Nothing is downloaded. Threads: accelerate would otherwise take the number of physical cores, and warn.
 demo: export HF_HUB_OFFLINE = 1
 demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -75,5 +95,5 @@ format: $(STAMP)
 
 # runs/ is kept: nothing here deletes results.
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

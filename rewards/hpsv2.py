@@ -5,7 +5,8 @@
 Weights: HPS_v2_compressed.pt and HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub, which are named as open_clip names
 its ViT-H-14 and converted here to transformers' CLIP. SOURCE is that file (.pt or .safetensors), or a folder with it
 and, if it is to be read from there too, a tokenizer. As in the hpsv2 package, prompts go through ftfy, and an image is
-scaled until its longer side is 224 and padded with black: nothing is cropped, unlike for PickScore.
+scaled until its longer side is 224 and padded with black: nothing is cropped, unlike for PickScore. It is antialiased,
+as that package does it since torchvision 0.17; with an older one, as in 2023, it did not.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rewards import Reward
 
 BATCH = 32  # images to a forward pass
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # a folder with one of these has a tokenizer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -75,7 +75,7 @@ class Origin:
 
     def tokenizer(self, kind: type[PreTrainedTokenizerBase], published: str) -> PreTrainedTokenizerBase:
         """The folder's own tokenizer, or a hub id's where it has none. Raises ValueError if that is not there."""
-        own = self.folder is not None and any((self.folder / name).is_file() for name in _VOCABULARIES)
+        own = self.folder is not None and any((self.folder / name).is_file() for name in VOCABULARIES)
         try:
             found = kind.from_pretrained(str(self.folder) if own else published)
             if not found.get_vocab().keys() - set(found.all_special_tokens):

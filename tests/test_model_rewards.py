@@ -90,9 +90,9 @@ def processed(images: Tensor) -> Tensor:
     return rows["pixel_values"]
 
 
-def normalised(image: Image.Image) -> Tensor:
+def normalised(square_3SS: Tensor) -> Tensor:
     mean, std = (torch.tensor(row).view(3, 1, 1) for row in (pixels.CLIP_MEAN, pixels.CLIP_STD))
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+    return (square_3SS - mean) / std
 
 
 # The contract
@@ -110,8 +110,8 @@ def test_batches_are_of_a_bounded_size(
 ) -> None:
     whole = score(name, pictures(), PROMPTS)
     seen = []
-    original = pixels.pil_images
-    monkeypatch.setattr(pixels, "pil_images", lambda images: seen.append(len(images)) or original(images))
+    original = pixels.levels
+    monkeypatch.setattr(pixels, "levels", lambda images: seen.append(len(images)) or original(images))
     monkeypatch.setattr(models, "BATCH", 2)
     assert torch.allclose(score(name, pictures(), PROMPTS), whole, atol=TOLERANCE)
     assert seen == [2, 2, 1]
@@ -165,18 +165,18 @@ def test_pickscore_and_clipscore_are_what_transformers_computes(
 
 
 @pytest.mark.parametrize(("name", "file"), HPS.items())
-@pytest.mark.parametrize("shape", [(5, 3, 40, 61), (5, 3, 61, 40), (5, 3, 28, 28), (5, 3, 20, 20)])
+@pytest.mark.parametrize("shape", [(5, 3, 40, 61), (5, 3, 71, 40), (5, 3, 28, 28), (5, 3, 20, 20)])
 def test_hpsv2_is_open_clip_on_padded_images(
     name: str, file: str, shape: tuple[int, ...], score: Callable[..., Tensor], folders: dict[str, Path]
 ) -> None:
     images = pictures(shape)
-    prompts = ["a ‘red’s &amp;amp;circle", *PROMPTS[1:]]
-    plain = ["a 'red's &circle", *PROMPTS[1:]]  # ftfy, then html, twice
+    prompts = ["a ‘r&amp;#101;d’s circle <", *PROMPTS[1:]]
+    plain = ["a 'red's circle <", *PROMPTS[1:]]  # ftfy's quotes, then html, twice (ftfy leaves it to a "<")
     tokenizer = CLIPTokenizer.from_pretrained(folders[name])
     ids = tokenizer(plain, padding="max_length", truncation=True, max_length=published.TINY.length)["input_ids"]
     assert plain[0].count("'") == 2 and ids[0] != tokenizer(prompts[:1])["input_ids"][0]
     weights = torch.load(folders[name] / file, weights_only=True)["state_dict"]
-    squares = torch.stack([normalised(padded_by_hand(as_pil(image))) for image in images])
+    squares = torch.stack([padded_by_hand(as_pil(image)) for image in images])
     expected = published_forward.open_clip_cosine(weights, squares, torch.tensor(ids))
     assert expected.std() > 0.05
     assert torch.allclose(score(name, images, prompts), expected, atol=2e-6)
@@ -214,16 +214,16 @@ def test_aesthetic_is_a_linear_head_on_unit_features(score: Callable[..., Tensor
 # Preprocessing
 
 
-def padded_by_hand(image: Image.Image) -> Image.Image:
+def padded_by_hand(image: Image.Image) -> Tensor:
     """The longer side to 28, and as much black on both sides of the rest; one more on the far one."""
     width, height = image.size
-    resized = image.resize(
-        (28, round(height * 28 / width)) if width >= height else (round(width * 28 / height), 28), Image.BICUBIC
-    )
-    square = np.zeros((28, 28, 3), np.uint8)
-    top, left = (28 - resized.height) // 2, (28 - resized.width) // 2
-    square[top : top + resized.height, left : left + resized.width] = np.array(resized)
-    return Image.fromarray(square)
+    new = (28, round(width * 28 / height)) if height >= width else (round(height * 28 / width), 28)
+    pixels_3HW = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    square = torch.zeros(3, 28, 28)
+    top, left = (28 - new[0]) // 2, (28 - new[1]) // 2
+    resized = functional.interpolate(pixels_3HW[None], new, mode="bicubic", antialias=True)[0]
+    square[:, top : top + new[0], left : left + new[1]] = resized
+    return normalised(square)
 
 
 @pytest.mark.parametrize("size", [(40, 61), (61, 40), (28, 28), (28, 90), (17, 23), (300, 301), (512, 512)])
@@ -259,6 +259,17 @@ def test_hpsv2_pads_what_pickscore_crops(score: Callable[..., Tensor]) -> None:
     black = -torch.tensor(pixels.CLIP_MEAN) / torch.tensor(pixels.CLIP_STD)
     assert torch.allclose(bars[:, :, [0, 6, 21, 27]], black.view(3, 1, 1).expand(3, 3, 4, 28))
     assert not torch.isclose(bars[:, :, 7:21], black.view(3, 1, 1)).all(dim=1).any()
+
+
+def test_padded_images_are_resized_as_pil_does_before_it_rounds_and_clamps() -> None:
+    noise = torch.rand(1, 3, 56, 112, generator=torch.Generator().manual_seed(0))
+    resized = as_pil(noise[0]).resize((28, 14), Image.Resampling.BICUBIC)
+    expected = normalised(torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255)
+    assert torch.allclose(pixels.pad_to_square(noise, 28)[0, :, 7:21], expected, atol=1.1 / 255 / 0.26)
+    edge = torch.zeros(1, 3, 14, 14)
+    edge[..., 7:] = 1
+    over = pixels.pad_to_square(edge, 28)[0, 0] * pixels.CLIP_STD[0] + pixels.CLIP_MEAN[0]
+    assert over.max() > 1.02 and over.min() < -0.02
 
 
 def test_pixels_are_rounded_to_the_nearest_level() -> None:
@@ -370,7 +381,7 @@ def test_what_is_not_here_is_said_in_one_line_with_the_cure(name: str, what: str
 @pytest.mark.parametrize("name", ["pickscore", "hpsv2", "imagereward"])
 def test_a_missing_tokenizer_is_not_an_empty_one(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     for file in folders[name].iterdir():
-        if file.name not in models._VOCABULARIES:
+        if file.name not in models.VOCABULARIES:
             (tmp_path / file.name).symlink_to(file)
     hub = "google-bert/bert-base-uncased" if name == "imagereward" else step_aware.CLIP_H
     with pytest.raises(
