@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +37,10 @@ class RewardError(ValueError):
     """A reward failed; the message names the reward, the prompt and the index of the image in the batch."""
 
 
+class ServerError(OSError):
+    """A reward's server failed, whatever the image is; the message names the server and what it said."""
+
+
 @dataclass(frozen=True)
 class RewardSpec:
     """A line of the table of rewards."""
@@ -49,6 +53,7 @@ class RewardSpec:
     source: str = ""  # what NAME=SOURCE may give instead of the model; empty: it takes none
     modules: tuple[str, ...] = ()  # imported by the factory, beyond the project's own dependencies
     extra: str = ""  # the optional dependency that brings them: pip install 'rlg[EXTRA]'
+    waits: bool = False  # mostly for a server: called while sampling goes on, maybe by two threads (background.py)
 
     @property
     def available(self) -> bool:
@@ -76,7 +81,10 @@ REWARDS: dict[str, RewardSpec] = {
     "geneval": RewardSpec(None, "composition of photos", "[0, 1]", "Mask2Former + CLIP ViT-L/14", "HTTP server"),
     "unifiedreward": RewardSpec(None, "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5", "sglang server"),
     "qwenvl": RewardSpec(None, "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct", "GPU, download"),
-    "remote": RewardSpec(None, "any reward behind HTTP", "the server's", "the server's", "HTTP server"),
+    "remote": RewardSpec(
+        "rewards.remote:remote", "any reward behind HTTP", "the server's", "the server's",
+        "python -m rewards.serve", "http://HOST:PORT", ("httpx",), "remote", waits=True,
+    ),
 }
 # fmt: on
 
@@ -98,6 +106,7 @@ class RewardMix:
 
     rewards: Mapping[str, Reward]
     weights: tuple[float, ...]  # one per reward, in order; a reward of weight 0 is scored and logged
+    waits: frozenset[str] = frozenset()  # names of those that mostly wait for a server; see rewards.background
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -122,12 +131,23 @@ class RewardMix:
         Raises ValueError for images of another shape, type or range and for as many prompts or metadata as there are
         not images; RewardError when a reward raises, or returns another shape, NaN or an infinity.
         """
+        return self.weigh(self.parts(self.names, images_B3HW, prompts, metadata))
+
+    @torch.no_grad()
+    def parts(
+        self, names: Collection[str], images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """name -> (B,) raw scores by some of the rewards. Raises as the whole mix does."""
         _check_batch(images_B3HW, prompts, metadata)
-        parts = {name: _score(name, self.rewards[name], images_B3HW, prompts, metadata) for name in self.names}
-        total_B = torch.zeros(len(prompts))
-        for part_B, weight in zip(parts.values(), self.weights, strict=True):
+        return {name: _score(name, self.rewards[name], images_B3HW, prompts, metadata) for name in names}
+
+    def weigh(self, parts: Mapping[str, Tensor]) -> RewardScores:
+        """The total of every reward's (B,) scores."""
+        ordered = {name: parts[name] for name in self.names}
+        total_B = torch.zeros(len(ordered[self.names[0]]))
+        for part_B, weight in zip(ordered.values(), self.weights, strict=True):
             total_B += weight * part_B
-        return RewardScores(total_B, parts)
+        return RewardScores(total_B, ordered)
 
 
 def available_names() -> list[str]:
@@ -153,7 +173,7 @@ def build(
     """Load the named rewards, NAME or NAME=SOURCE each, on a device; all weights are 1 unless given.
 
     Raises ValueError for an unknown name, one not available in this version or whose packages are not installed, a
-    duplicate, or unfit weights.
+    duplicate, or unfit weights; ServerError when a reward's server does not answer.
     """
     if isinstance(names, str):
         raise ValueError(f"the rewards must be a list of names, got the string {names!r}")
@@ -171,7 +191,8 @@ def build(
             raise ValueError(f"reward {name!r} needs {', '.join(missing)}: pip install 'rlg[{spec.extra}]'")
     chosen = (1.0,) * len(names) if weights is None else tuple(weights)
     RewardMix(dict.fromkeys(specs, _unloaded), chosen)  # refuse unfit weights before anything is downloaded
-    return RewardMix({name: _load(spec, device, source) for name, source, spec in asked}, chosen)
+    rewards = {name: _load(spec, device, source) for name, source, spec in asked}
+    return RewardMix(rewards, chosen, frozenset(name for name, spec in specs.items() if spec.waits))
 
 
 def _unloaded(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
@@ -209,6 +230,8 @@ def _score(
 ) -> Tensor:
     try:
         scores_B = reward(images_B3HW, prompts, metadata)
+    except ServerError as error:
+        raise RewardError(f"reward {name!r}: {error}") from error
     except Exception as error:  # whatever a reward's model throws, the user learns which image it was
         index, cause = _culprit(reward, images_B3HW, prompts, metadata, error)
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())

@@ -135,7 +135,7 @@ def test_a_scale_that_is_not_finite(command: str, w: str, refused: Command, chec
     [
         (["--rewards", "jpeg_compresibility"], "unknown reward 'jpeg_compresibility'; did you mean 'jpeg_compress"),
         (["--held_out", "beauty"], "unknown reward 'beauty'"),
-        (["--rewards", "remote"], "reward 'remote' is not available yet"),
+        (["--rewards", "geneval"], "reward 'geneval' is not available yet"),
         (["--modes", "best"], "unknown mode 'best'; known: rlg, lora_scale, tuned_2x_steps"),
         (["--prompts", "none.txt"], "no such prompt file: none.txt"),
         (["--prompts", "tinyworld:composition"], "unknown prompt set tinyworld:composition"),
