@@ -79,8 +79,14 @@ REWARDS: dict[str, RewardSpec] = {
     "clipscore": RewardSpec(None, "text-image cosine", "about 0.15 to 0.35", "CLIP ViT-L/14", "download"),
     "ocr": RewardSpec(None, "the quoted text is legible", "[0, 1]", "PaddleOCR", "paddleocr"),
     "geneval": RewardSpec(None, "composition of photos", "[0, 1]", "Mask2Former + CLIP ViT-L/14", "HTTP server"),
-    "unifiedreward": RewardSpec(None, "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5", "sglang server"),
-    "qwenvl": RewardSpec(None, "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct", "GPU, download"),
+    "unifiedreward": RewardSpec(
+        "rewards.vlm:unifiedreward", "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5",
+        "OpenAI-compatible server", "http://HOST:PORT/v1[#MODEL]", ("httpx",), "remote", waits=True,
+    ),
+    "qwenvl": RewardSpec(
+        "rewards.vlm:qwenvl", "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct",
+        "OpenAI-compatible server", "http://HOST:PORT/v1[#MODEL]", ("httpx",), "remote", waits=True,
+    ),
     "remote": RewardSpec(
         "rewards.remote:remote", "any reward behind HTTP", "the server's", "the server's",
         "python -m rewards.serve", "http://HOST:PORT", ("httpx",), "remote", waits=True,

@@ -26,7 +26,7 @@ IN_RANGE: dict[str, Callable[[Tensor], Tensor]] = {
     "< 0": lambda s: s < 0,
     "> 0": lambda s: s > 0,
 }
-NOT_YET = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clipscore", "ocr", "geneval", "unifiedreward", "qwenvl")
+NOT_YET = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clipscore", "ocr", "geneval")
 LOCAL = [name for name in available_names() if not REWARDS[name].waits]  # the others need a server
 
 
