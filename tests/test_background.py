@@ -21,7 +21,7 @@ from rlg.sampling import SampleNoise
 from trainers.online import OnlineTrainer
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 30  # seconds until a test gives up; none waits for so long unless it fails
+PATIENCE = 100  # seconds until a test gives up; none waits for so long unless it fails
 QUICK: dict[str, dict[str, Any]] = {
     "grpo": {},
     "nft": {"num_train_steps": 1},

@@ -22,7 +22,7 @@ from rewards import RewardError, ServerError, build  # noqa: E402
 from rewards.vlm import CONCURRENT, QWEN, UNIFIED, read_score  # noqa: E402
 from rewards.wire import TOKEN  # noqa: E402
 
-PATIENCE = 30  # seconds until a test gives up; none waits for so long unless it fails
+PATIENCE = 100  # seconds until a test gives up; none waits for so long unless it fails
 
 
 class Model:
