@@ -29,7 +29,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from rewards import RewardError, RewardMix, ServerError, build, serve  # noqa: E402
 from rewards.app import Limits, create  # noqa: E402
-from rewards.http import BACKOFF, TRIES, BadRequestError, Server  # noqa: E402
+from rewards.http import ANSWER_SECONDS, BACKOFF, CONNECT_SECONDS, TRIES, BadRequestError, Server  # noqa: E402
 from rewards.wire import TOKEN, from_pngs, to_png  # noqa: E402
 from rlg.tinyworld.scenes import composition_prompts, draw  # noqa: E402
 
@@ -198,6 +198,13 @@ def test_a_silent_server_times_out_by_name(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ServerError, match=rf"^{url} cannot be reached \(ReadTimeout: .*gave up after"):
             Server(url, sleep=slept.append).get("/health")
     assert len(slept) == TRIES - 1
+
+
+def test_a_request_has_minutes_and_a_connection_seconds() -> None:
+    seen: dict[str, float] = {}
+    server, _ = stub(lambda request: seen.update(request.extensions["timeout"]) or httpx.Response(200, json={}))
+    server.get("/health")
+    assert seen["connect"] == CONNECT_SECONDS < seen["read"] == ANSWER_SECONDS
 
 
 def test_the_token_is_sent_as_a_header_and_shown_nowhere(
@@ -439,6 +446,7 @@ def test_serve_refuses_in_one_line(
     argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["serve", "--port", "0", *argv])
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: pytest.fail("it serves"))
     with pytest.raises(SystemExit) as caught:
         serve.main()
     said = capsys.readouterr().err
