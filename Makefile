@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "   torch ..."
 	@$(PIP) torch
 	@echo "   diffusers, transformers, peft and the rest ..."
-	@$(PIP) -e '.[dev,wandb,tensorboard,hpsv2]'
+	@$(PIP) -e '.[dev,wandb,tensorboard]'
 	@touch $@
 
 test: $(STAMP)
@@ -67,7 +67,7 @@ $(PARITY)/.installed: pyproject.toml constraints.txt
 	@echo '== environment: $(PARITY), many minutes, once'
 	@$(PYTHON) -m venv --clear $(PARITY)
 	@$(PARITY_PIP) -c constraints.txt torch torchvision
-	@$(PARITY_PIP) -c constraints.txt -e '.[dev,hpsv2]'
+	@$(PARITY_PIP) -c constraints.txt -e '.[dev]'
 	@$(PARITY_PIP) --no-deps hpsv2==1.2.0 image-reward==1.5 timm==0.6.13 open_clip_torch==3.3.0
 	@cd $(PARITY)/lib/python3*/site-packages && cp open_clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/
 	@touch $@

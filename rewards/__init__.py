@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,11 +37,15 @@ class RewardError(ValueError):
     """A reward failed; the message names the reward, the prompt and the index of the image in the batch."""
 
 
+class ServerError(OSError):
+    """A reward's server failed, whatever the image is; the message names the server and what it said."""
+
+
 @dataclass(frozen=True)
 class RewardSpec:
     """A line of the table of rewards."""
 
-    factory: str | None  # "module:function", called as (device, source); None while the reward is not written yet
+    factory: str  # "module:function", called as (device, source)
     summary: str  # one line
     range: str  # of the raw score; "about" where it is typical rather than a bound
     model: str  # what computes it
@@ -49,11 +53,7 @@ class RewardSpec:
     source: str = ""  # what NAME=SOURCE may give instead of the model; empty: it takes none
     modules: tuple[str, ...] = ()  # imported by the factory, beyond the project's own dependencies
     extra: str = ""  # the optional dependency that brings them: pip install 'rlg[EXTRA]'
-
-    @property
-    def available(self) -> bool:
-        """Whether this version can build it."""
-        return self.factory is not None
+    waits: bool = False  # mostly for a server: called while sampling goes on, maybe by two threads (background.py)
 
     def missing(self) -> list[str]:
         """Modules that are not installed."""
@@ -101,9 +101,18 @@ REWARDS: dict[str, RewardSpec] = {
         "rewards.geneval:strict", "its verdict", "0 or 1", "Mask2Former + CLIP ViT-L/14",
         "download", "a folder or hub id with a Mask2Former",
     ),
-    "unifiedreward": RewardSpec(None, "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5", "sglang server"),
-    "qwenvl": RewardSpec(None, "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct", "GPU, download"),
-    "remote": RewardSpec(None, "any reward behind HTTP", "the server's", "the server's", "HTTP server"),
+    "unifiedreward": RewardSpec(
+        "rewards.vlm:unifiedreward", "a VLM's score", "[0, 1]", "CodeGoat24/UnifiedReward-7b-v1.5",
+        "OpenAI-compatible server", "http://HOST:PORT/v1[#MODEL]", ("httpx",), "remote", waits=True,
+    ),
+    "qwenvl": RewardSpec(
+        "rewards.vlm:qwenvl", "a VLM's score", "[0, 1]", "Qwen/Qwen2.5-VL-7B-Instruct",
+        "OpenAI-compatible server", "http://HOST:PORT/v1[#MODEL]", ("httpx",), "remote", waits=True,
+    ),
+    "remote": RewardSpec(
+        "rewards.remote:remote", "any reward behind HTTP", "the server's", "the server's",
+        "python -m rewards.serve", "http://HOST:PORT", ("httpx",), "remote", waits=True,
+    ),
 }
 # fmt: on
 
@@ -125,10 +134,11 @@ class RewardMix:
 
     rewards: Mapping[str, Reward]
     weights: tuple[float, ...]  # one per reward, in order; a reward of weight 0 is scored and logged
+    waits: frozenset[str] = frozenset()  # names of those that mostly wait for a server; see rewards.background
 
     def __post_init__(self) -> None:
         if not self.rewards:
-            raise ValueError(f"no reward is named; available: {', '.join(available_names())}")
+            raise ValueError(f"no reward is named; known: {', '.join(REWARDS)}")
         if len(self.weights) != len(self.rewards):
             raise ValueError(f"{len(self.rewards)} rewards ({', '.join(self.names)}) but {len(self.weights)} weights")
         for name, weight in zip(self.names, self.weights, strict=True):
@@ -149,17 +159,23 @@ class RewardMix:
         Raises ValueError for images of another shape, type or range and for as many prompts or metadata as there are
         not images; RewardError when a reward raises, or returns another shape, NaN or an infinity.
         """
+        return self.weigh(self.parts(self.names, images_B3HW, prompts, metadata))
+
+    @torch.no_grad()
+    def parts(
+        self, names: Collection[str], images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """name -> (B,) raw scores by some of the rewards. Raises as the whole mix does."""
         _check_batch(images_B3HW, prompts, metadata)
-        parts = {name: _score(name, self.rewards[name], images_B3HW, prompts, metadata) for name in self.names}
-        total_B = torch.zeros(len(prompts))
-        for part_B, weight in zip(parts.values(), self.weights, strict=True):
+        return {name: _score(name, self.rewards[name], images_B3HW, prompts, metadata) for name in names}
+
+    def weigh(self, parts: Mapping[str, Tensor]) -> RewardScores:
+        """The total of every reward's (B,) scores."""
+        ordered = {name: parts[name] for name in self.names}
+        total_B = torch.zeros(len(ordered[self.names[0]]))
+        for part_B, weight in zip(ordered.values(), self.weights, strict=True):
             total_B += weight * part_B
-        return RewardScores(total_B, parts)
-
-
-def available_names() -> list[str]:
-    """Names of the rewards that this version can build."""
-    return [name for name, spec in REWARDS.items() if spec.available]
+        return RewardScores(total_B, ordered)
 
 
 def lookup(name: str) -> RewardSpec:
@@ -180,7 +196,7 @@ def build(
     """Load the named rewards, NAME or NAME=SOURCE each, on a device; all weights are 1 unless given.
 
     Raises ValueError for an unknown name, one not available in this version or whose packages are not installed, a
-    duplicate, or unfit weights.
+    duplicate, or unfit weights; ServerError when a reward's server does not answer.
     """
     if isinstance(names, str):
         raise ValueError(f"the rewards must be a list of names, got the string {names!r}")
@@ -191,14 +207,12 @@ def build(
         twice = sorted({name for name in plain if plain.count(name) > 1})
         raise ValueError(f"reward named more than once: {', '.join(twice)}; give it one weight instead")
     for name, spec in specs.items():
-        if not spec.available:
-            known = ", ".join(available_names())
-            raise ValueError(f"reward {name!r} is not available yet in this version (available: {known})")
         if missing := spec.missing():
             raise ValueError(f"reward {name!r} needs {', '.join(missing)}: pip install 'rlg[{spec.extra}]'")
     chosen = (1.0,) * len(names) if weights is None else tuple(weights)
     RewardMix(dict.fromkeys(specs, _unloaded), chosen)  # refuse unfit weights before anything is downloaded
-    return RewardMix({name: _load(spec, device, source) for name, source, spec in asked}, chosen)
+    rewards = {name: _load(spec, device, source) for name, source, spec in asked}
+    return RewardMix(rewards, chosen, frozenset(name for name, spec in specs.items() if spec.waits))
 
 
 def _unloaded(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
@@ -206,7 +220,6 @@ def _unloaded(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[di
 
 
 def _load(spec: RewardSpec, device: torch.device | str, source: str | None) -> Reward:
-    assert spec.factory is not None
     module, function = spec.factory.split(":")
     return getattr(importlib.import_module(module), function)(device, source)
 
@@ -236,6 +249,8 @@ def _score(
 ) -> Tensor:
     try:
         scores_B = reward(images_B3HW, prompts, metadata)
+    except ServerError as error:
+        raise RewardError(f"reward {name!r}: {error}") from error
     except Exception as error:  # whatever a reward's model throws, the user learns which image it was
         index, cause = _culprit(reward, images_B3HW, prompts, metadata, error)
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())

@@ -6,13 +6,13 @@ import argparse
 
 from rewards import REWARDS, RewardSpec
 
-_COLUMNS = ("name", "range", "model", "needs", "pip install", "available", "what it is")
+_COLUMNS = ("name", "range", "model", "needs", "pip install", "installed", "what it is")
 
 
 def table() -> str:
     """The rewards as an aligned plain-text table, one a line below a header and a rule."""
     rows = [
-        (name, spec.range, spec.model, spec.needs, _extra(spec), _available(spec), spec.summary)
+        (name, spec.range, spec.model, spec.needs, _extra(spec), _installed(spec), spec.summary)
         for name, spec in REWARDS.items()
     ]
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
@@ -24,10 +24,8 @@ def _extra(spec: RewardSpec) -> str:
     return f"'rlg[{spec.extra}]'" if spec.extra else "-"
 
 
-def _available(spec: RewardSpec) -> str:
-    if not spec.available:
-        return "not yet"
-    return "not installed" if spec.missing() else "yes"
+def _installed(spec: RewardSpec) -> str:
+    return "no" if spec.missing() else "yes"
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def test_a_scale_that_is_not_finite(command: str, w: str, refused: Command, chec
     [
         (["--rewards", "jpeg_compresibility"], "unknown reward 'jpeg_compresibility'; did you mean 'jpeg_compress"),
         (["--held_out", "beauty"], "unknown reward 'beauty'"),
-        (["--rewards", "remote"], "reward 'remote' is not available yet"),
+        (["--rewards", "remote"], "reward 'remote' needs its server: remote=http://HOST:PORT"),
         (["--modes", "best"], "unknown mode 'best'; known: rlg, lora_scale, tuned_2x_steps"),
         (["--prompts", "none.txt"], "no such prompt file: none.txt"),
         (["--prompts", "tinyworld:composition"], "unknown prompt set tinyworld:composition"),
@@ -215,7 +215,7 @@ def test_sample_writes_a_column_for_each_scale(checkpoint: Path, tmp_path: Path)
     ("options", "message"),
     [
         (["--reward", "composition", "beauty"], "unknown reward 'beauty'"),
-        (["--reward", "unifiedreward"], "reward 'unifiedreward' is not available yet"),
+        (["--reward", "unifiedreward"], "reward 'unifiedreward' needs its server"),
         (["--held_out_reward", "beauty"], "unknown reward 'beauty'"),
         (["--reward_weights", "1", "2"], "1 rewards (jpeg_compressibility) but 2 weights"),
         (["--reward_weights", "nan"], "the weight of reward 'jpeg_compressibility' must be a finite number"),
@@ -338,7 +338,7 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert stopped.value.code == 0
     out, err = capfd.readouterr()
     config = yaml.safe_load(out)  # the counts are comments
-    assert config["reward"] == ["unifiedreward"]  # a reward that is not there yet, and a model that is not downloaded
+    assert config["reward"] == ["unifiedreward"]  # neither its server is asked, nor the model downloaded
     assert config["lora_rank"] == 32
     counts = dict(line.removeprefix("# ").split(": ") for line in out.splitlines() if line.startswith("# images"))
     assert counts["images_per_iteration"] == "12"

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import REWARDS, RewardError, RewardMix, available_names, build, lookup
+from rewards import REWARDS, RewardError, RewardMix, build
 from rlg.prompts import Prompt
 from rlg.tinyworld.scenes import composition_prompts, draw, sign_prompts
 from tests.conftest import check_contract
@@ -28,7 +28,6 @@ IN_RANGE: dict[str, Callable[[Tensor], Tensor]] = {
     "< 0": lambda s: s < 0,
     "> 0": lambda s: s > 0,
 }
-NOT_YET = ("unifiedreward", "qwenvl", "remote")
 
 
 def _batch(name: str) -> tuple[Tensor, list[str], list[dict]]:
@@ -54,7 +53,7 @@ def _fixed(values: Sequence[float]) -> Callable:
     return reward
 
 
-@pytest.mark.parametrize("name", [name for name in available_names() if REWARDS[name].needs == "-"])
+@pytest.mark.parametrize("name", [name for name, spec in REWARDS.items() if spec.needs == "-"])
 def test_contract(name: str) -> None:
     if missing := REWARDS[name].missing():
         pytest.skip(f"{', '.join(missing)} not installed")
@@ -147,13 +146,6 @@ def test_a_result_of_another_shape_is_refused(result: object) -> None:
         RewardMix({"bad": lambda images, prompts, metadata: result}, (1.0,))(*_blank(3))
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_rewards_to_come_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=f"reward '{name}' is not available yet in this version"):
-        build(["jpeg_compressibility", name])
-    assert lookup(name) is REWARDS[name]  # but a config may name them
-
-
 def test_a_reward_whose_packages_are_missing_prints_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(REWARDS["composition"], modules=("PIL", "no_such_package"), extra="thing")
     monkeypatch.setitem(REWARDS, "composition", spec)
@@ -217,7 +209,8 @@ def test_unfit_images_are_refused(images: Tensor, message: str) -> None:
 
 
 def test_reading_the_table_imports_no_model_code() -> None:
-    code = "import sys, rewards; print([m for m in ('PIL', 'scipy', 'transformers', 'diffusers') if m in sys.modules])"
+    heavy = ("PIL", "scipy", "transformers", "diffusers", "httpx")
+    code = f"import sys, rewards; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -227,6 +220,5 @@ def test_list_prints_every_reward() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     rows = {line.split()[0]: line for line in done.stdout.splitlines()[2:]}
     assert rows.keys() == REWARDS.keys()
-    assert all(("not yet" in row) == (name in NOT_YET) for name, row in rows.items())
-    starts = {re.search(r"  (yes|not yet|not installed)  ", line).start() for line in rows.values()}
+    starts = {re.search(r"  (yes|no)  ", line).start() for line in rows.values()}
     assert len(starts) == 1, "the columns are not aligned"

@@ -32,6 +32,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rewards import RewardMix
+from rewards.background import EarlyScores
 from rlg import process, sampling
 from rlg.backbones import Conditioning
 from rlg.process import Schedule
@@ -139,6 +140,7 @@ class Rollout:
     prompt_B: Tensor  # index of each sample's prompt
     schedule: Schedule
     train_steps: list[int]  # the denoising steps to train on
+    early: EarlyScores | None = None
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -173,15 +175,17 @@ class GRPOTrainer(OnlineTrainer):
         generator = torch.Generator().manual_seed(self.iteration_seed())
         schedule, train_steps = self._schedule(generator)
         parts = self.parts(generator)
-        batches = []
+        batches, images, early = [], [], EarlyScores(self.reward)
         for part in parts:
             with self.accelerator.autocast():
                 batches.append(
                     sampling.rollout(self.tuned, schedule, part.cond, part.noise, keep_means=config.ratio == "guard")
                 )
-        images = torch.cat([self.policy.decode(b.x0, config.per_device_batch_size) for b in batches])
+            images.append(self.decode(batches[-1].x0, part, early))
         prompt_B = torch.cat([part.prompt_B for part in parts])
-        return Rollout(batches, [part.cond for part in parts], images, prompt_B, schedule, train_steps)
+        return Rollout(
+            batches, [part.cond for part in parts], torch.cat(images), prompt_B, schedule, train_steps, early
+        )
 
     def _schedule(self, generator: torch.Generator) -> tuple[Schedule, list[int]]:
         config = self.config

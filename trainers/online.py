@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from rewards import RewardMix
+from rewards.background import EarlyScores
 from rlg import sampling
 from rlg.backbones import Conditioning
 from rlg.guidance import Predictor, with_cfg
@@ -110,6 +111,10 @@ class Scored(Protocol):
     def prompt_B(self) -> Tensor:
         """Index of each image's prompt."""
 
+    @property
+    def early(self) -> EarlyScores | None:
+        """Scores that were begun while sampling went on; None: none were."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -119,6 +124,7 @@ class Samples:
     conds: list[Conditioning]
     images_B3HW: Tensor
     prompt_B: Tensor  # index of each sample's prompt
+    early: EarlyScores | None = None
 
 
 @dataclass(frozen=True)
@@ -207,13 +213,24 @@ class OnlineTrainer(Trainer):
     def sample_groups(self, predict: Predictor, parts: Sequence[Part]) -> Samples:
         """Samples of a policy, by the solver of `evaluation_schedule` under the config's guidance."""
         guided, schedule = with_cfg(predict, self.negative, self.config.guidance_scale), self.evaluation_schedule()
-        latents = []
+        latents, images, early = [], [], EarlyScores(self.reward)
         for part in parts:
             with self.accelerator.autocast():
                 latents.append(sampling.sample(guided, schedule, part.cond, part.noise))
-        images = torch.cat([self.policy.decode(x0, self.config.per_device_batch_size) for x0 in latents])
+            images.append(self.decode(latents[-1], part, early))
         prompt_B = torch.cat([part.prompt_B for part in parts])
-        return Samples(latents, [part.cond for part in parts], images, prompt_B)
+        return Samples(latents, [part.cond for part in parts], torch.cat(images), prompt_B, early)
+
+    def decode(self, x0_BCHW: Tensor, part: Part, early: EarlyScores | None) -> Tensor:
+        """Images of a batch's ends; where scoring means waiting for a server, it begins now."""
+        images_B3HW = self.policy.decode(x0_BCHW, self.config.per_device_batch_size)
+        if early:
+            early.add(images_B3HW, *self._texts(part.prompt_B))
+        return images_B3HW
+
+    def _texts(self, prompt_B: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
+        prompts = [self.prompts[i] for i in prompt_B.tolist()]
+        return [p.text for p in prompts], [p.metadata for p in prompts]
 
     def _part(self, pairs: Sequence[tuple[int, int]]) -> Part:
         prompt_ids = [prompt for prompt, _ in pairs]
@@ -229,8 +246,8 @@ class OnlineTrainer(Trainer):
     def score(self, samples: Scored) -> tuple[Tensor, dict[str, float]]:
         """(advantages of this process's samples, metrics over all processes)."""
         config, accelerator = self.config, self.accelerator
-        prompts = [self.prompts[i] for i in samples.prompt_B.tolist()]
-        scores = self.reward(samples.images_B3HW, [p.text for p in prompts], [p.metadata for p in prompts])
+        scorer = samples.early.finish if samples.early else self.reward
+        scores = scorer(samples.images_B3HW, *self._texts(samples.prompt_B))
         group_B = accelerator.gather(samples.prompt_B.to(accelerator.device)).cpu()
         total_B = accelerator.gather(scores.total_B.to(accelerator.device)).cpu().double()
         parts = {n: accelerator.gather(s.to(accelerator.device)).cpu().double() for n, s in scores.parts.items()}

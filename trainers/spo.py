@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rewards import RewardMix
+from rewards.background import EarlyScores
 from rlg import process, sampling
 from rlg.backbones import Conditioning
 from rlg.guidance import with_cfg
@@ -207,6 +208,7 @@ class Rollout:
     pairs: Pairs
     scores_N: Tensor  # of all candidates, fp32 on CPU
     schedule: Schedule
+    early: EarlyScores | None = None  # of the chains' ends
 
 
 @dataclass(frozen=True)
@@ -263,20 +265,22 @@ class SPOTrainer(OnlineTrainer):
         """This process's chains and pairs; what they are depends on (seed, iteration) and the scores alone."""
         schedule = self.evaluation_schedule()
         parts = self.parts(torch.Generator().manual_seed(self.iteration_seed()))
-        ends, pairs, scores, count = [], [], [], 0
+        images, pairs, scores, count = [], [], [], 0
+        early = EarlyScores(self.reward) if self.reward else None
         for part in parts:
             x0, found, score_N = self._chains(schedule, part, count)
-            ends.append(x0)
+            images.append(self.decode(x0, part, early))
             pairs += found
             scores.append(score_N)
             count += len(x0)
         return Rollout(
-            torch.cat([self.policy.decode(x0, self.config.per_device_batch_size) for x0 in ends]),
+            torch.cat(images),
             torch.cat([part.prompt_B for part in parts]),
             Conditioning.cat([part.cond for part in parts]),
             Pairs.cat(pairs),
             torch.cat(scores),
             schedule,
+            early,
         )
 
     def _chains(self, schedule: Schedule, part: Part, first_chain: int) -> tuple[Tensor, list[Pairs], Tensor]:
