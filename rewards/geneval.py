@@ -12,7 +12,7 @@ SOURCE is a Mask2Former, as a folder or hub id (default facebook/mask2former-swi
 
 Differences from GenEval's
 1. The detector: the authors' weights of Mask2Former with Swin-S, where GenEval has mmdetection's, trained anew. Scores
-   are near those of GenEval, not equal to them.
+   are not equal to GenEval's, and how near they are is not measured yet.
 2. Classes are taken by index: the names that the weights carry are not those of GenEval's prompts.
 3. The partial credit is not below 0, where that of public ports is with more than twice the objects.
 """

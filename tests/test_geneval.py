@@ -272,10 +272,10 @@ def test_the_network_gets_a_multiple_of_32_padded_with_zeros(folder: Path, small
     seen = []
     detector.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        detector(pictures(9, 20, 28), [0.3] * 9)
-    assert [tuple(x.shape) for x in seen] == [(8, 3, 64, 96), (1, 3, 64, 96)]
-    assert torch.equal(seen[1][..., :90], pixels.bounded(pictures(9, 20, 28)[8:], 64, 100))
-    assert (seen[0][..., 90:] == 0).all()
+        detector(pictures(9, 20, 90), [0.3] * 9)
+    assert [tuple(x.shape) for x in seen] == [(8, 3, 32, 128), (1, 3, 32, 128)]
+    assert torch.equal(seen[1][..., :22, :100], pixels.bounded(pictures(9, 20, 90)[8:], 64, 100))
+    assert (seen[0][..., 22:, :] == 0).all() and (seen[0][..., 100:] == 0).all()
 
 
 # Colours by CLIP
