@@ -195,8 +195,8 @@ def build(
 ) -> RewardMix:
     """Load the named rewards, NAME or NAME=SOURCE each, on a device; all weights are 1 unless given.
 
-    Raises ValueError for an unknown name, one not available in this version or whose packages are not installed, a
-    duplicate, or unfit weights; ServerError when a reward's server does not answer.
+    Raises ValueError for an unknown name, one whose packages are not installed, a duplicate, or unfit weights;
+    ServerError when a reward's server does not answer.
     """
     if isinstance(names, str):
         raise ValueError(f"the rewards must be a list of names, got the string {names!r}")

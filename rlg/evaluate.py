@@ -390,7 +390,7 @@ def run(args: argparse.Namespace) -> Path:
         "name": name if settings.origin is None else f"{name} from {Path(settings.origin).stem}",
         "base": base,
         "adapter": str(Path(args.ckpt)),
-        "trained_rewards": trained,
+        "trained_rewards": [name.partition("=")[0] for name in trained],  # as the rows name them
         "rewards": names,
         "prompts": source,
         "num_prompts": len(ids),

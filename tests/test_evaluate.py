@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewards import RewardMix
+from rewards import REWARDS, RewardMix
 from rlg import adapters, process, sampling
 from rlg import evaluate as evaluation
 from rlg.evaluate import LORA_SCALE, RLG, TWICE, EvalSettings, Evaluator, Images, Job, diversity, merge, plan
@@ -447,3 +447,23 @@ def test_guidance_may_start_from_another_adapter(tiny_policy: Callable[..., Poli
         evaluator(tiny_policy("sd3"), origin=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="none is missing or damaged"):
         evaluator(tiny_policy("sd3"), origin=str(tmp_path / "none"))
+
+
+def test_a_trained_reward_with_a_source_is_not_taken_for_held_out(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REWARDS, "jpeg_compressibility", replace(REWARDS["jpeg_compressibility"], source="anything"))
+    arguments = [
+        "--ckpt",
+        str(checkpoint),
+        "--rewards",
+        "jpeg_compressibility=x",
+        "--held_out",
+        "jpeg_incompressibility",
+    ]
+    evaluation.main(
+        [*arguments, "--k", "1", "--num_prompts", "1", "--scales", "0", "1", "--output", str(tmp_path / "e")]
+    )
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["meta"]["trained_rewards"] == ["jpeg_compressibility"]
+    assert summary["falls"].keys() == {"jpeg_incompressibility"}
