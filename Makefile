@@ -60,13 +60,13 @@ test-parity: $(PARITY)/.installed
 	@echo '== rewards against the published packages'
 	@CUDA_VISIBLE_DEVICES= $(PARITY)/bin/python -m pytest -q tests/parity $(PYTEST_FLAGS)
 
-# The packages need torchvision, which needs its own build of torch: that of PyPI, whatever PIP_FLAGS says. Their pins
-# contradict everything else, hence --no-deps; timm has the version that image-reward asks for. hpsv2 comes without its
-# vocabulary, which open_clip has.
+# The packages need torchvision, which needs its own build of torch: that of PyPI, whatever PIP_FLAGS says; === takes no
+# 2.13.0+cpu. Their pins contradict everything else, hence --no-deps; timm has the version that image-reward asks for.
+# hpsv2 comes without its vocabulary, which open_clip has.
 $(PARITY)/.installed: pyproject.toml constraints.txt
 	@echo '== environment: $(PARITY), many minutes, once'
 	@$(PYTHON) -m venv --clear $(PARITY)
-	@$(PARITY_PIP) -c constraints.txt torch torchvision
+	@$(PARITY_PIP) "torch===$$(sed -n 's/^torch==//p' constraints.txt)" torchvision
 	@$(PARITY_PIP) -c constraints.txt -e '.[dev]'
 	@$(PARITY_PIP) --no-deps hpsv2==1.2.0 image-reward==1.5 timm==0.6.13 open_clip_torch==3.3.0
 	@cd $(PARITY)/lib/python3*/site-packages && cp open_clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/
