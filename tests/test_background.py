@@ -190,6 +190,7 @@ def test_an_interruption_does_not_wait_for_a_request() -> None:
 import os, signal, threading, torch
 from rewards import RewardMix
 from rewards.background import EarlyScores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 asked = threading.Event()
 def hangs(images, prompts, metadata):
     asked.set()
