@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,19 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewards import REWARDS, RewardMix
-from rlg import adapters, process, sampling
+from rewards import RewardMix
 from rlg import evaluate as evaluation
+from rlg import process, sampling
 from rlg.evaluate import LORA_SCALE, RLG, TWICE, EvalSettings, Evaluator, Images, Job, diversity, merge, plan
 from rlg.guidance import with_cfg
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
-from rlg.stats import MODES, read_rows
+from rlg.stats import MODES
 
 PROMPTS = [Prompt("a red circle", {"tag": "colors"}), Prompt("two blue crosses"), Prompt("three green squares")]
 SETTINGS = EvalSettings(
@@ -173,6 +171,25 @@ def test_noise_is_paired_across_scales_and_not_across_images(policies: Callable[
     assert other.min() > 0.01
     again = evaluator(policies("sd3"), sampler="ode", seed=4).generate(jobs(0.0)).pixels_B3HW
     assert (again - images[:4]).abs().flatten(1).mean(dim=1).min() > 0.01
+
+
+def test_guidance_may_start_from_another_adapter(tiny_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    """From a copy of the tuned model no w changes anything; from a zero LoRA it is guidance from the base."""
+    tuned = [p.detach().clone() for p in tiny_policy("sd3").trainable()]
+    plain_rows = evaluator(tiny_policy("sd3")).generate(unit := jobs(2.0) + jobs(1.0))
+    for name, factor in (("tuned", 1.0), ("zero", 0.0)):
+        save_file({str(i): factor * p for i, p in enumerate(tuned)}, tmp_path / name)
+        found = evaluator(tiny_policy("sd3"), origin=str(tmp_path / name)).generate(unit)
+        torch.testing.assert_close(found.pixels_B3HW[4:], plain_rows.pixels_B3HW[4:], rtol=0, atol=1e-5)
+        same = found.pixels_B3HW[4:] if name == "tuned" else plain_rows.pixels_B3HW[:4]
+        torch.testing.assert_close(found.pixels_B3HW[:4], same, rtol=0, atol=1e-5)
+        expected = plain_rows.kl_B[4:] if name == "tuned" else plain_rows.kl_B[:4]  # the KL is the base's still
+        torch.testing.assert_close(found.kl_B[:4], expected, rtol=1e-4, atol=1e-6)
+    save_file({"0": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no second adapter of the one that is loaded"):
+        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="none is missing or damaged"):
+        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "none"))
 
 
 # --- what a row says
@@ -347,123 +364,3 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
             evaluation.prepare_folder(tmp_path, {"base": "b"}, overwrite)
     assert [f.name for f in tmp_path.iterdir()] == ["scores-of-my-students.jsonl"]
-
-
-# --- the command
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A checkpoint in a run folder, whose config says how it was trained."""
-    folder = tmp_path / "runs" / "demo" / "checkpoint-3"
-    shutil.copytree(tiny_checkpoint("sd3"), folder)
-    (tmp_path / "prompts.txt").write_text("".join(p.text + "\n" for p in PROMPTS))
-    row = {
-        "eval_prompts": str(tmp_path / "prompts.txt"),
-        "reward": ["jpeg_compressibility"],
-        "held_out_reward": ["jpeg_incompressibility"],
-        "num_steps": 2,
-        "kernel": "sde",
-        "noise_level": 0.7,
-        "guidance_scale": 1.0,
-        "resolution": None,
-        "dtype": "float32",
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(row))
-    return folder
-
-
-def test_command_line_wins_over_yaml_and_yaml_over_the_run(checkpoint: Path, tmp_path: Path) -> None:
-    config = tmp_path / "eval.yaml"
-    row = {"ckpt": str(checkpoint), "steps": 5, "scales": [0, 1.5], "modes": "rlg", "held_out": [], "overwrite": True}
-    config.write_text(yaml.safe_dump(row | {"output": str(tmp_path / "out")}))
-    args = evaluation.parse(["--config", str(config), "--scales", "0", "-1", "--k", "7"])
-    assert (args.scales, args.k, args.steps, args.modes) == ([0.0, -1.0], 7, 5, ["rlg"])
-    assert (args.level, args.sampler, args.rewards, args.held_out) == (0.7, "sde", ["jpeg_compressibility"], [])
-    assert args.output == tmp_path / "out" and args.overwrite is True
-
-
-@pytest.mark.parametrize(
-    "line", ["stepz: 3", "k: two", "k: 2.5", "scales: [a]", "sampler: dpm", "dtype: int8", "- steps", "steps: ["]
-)
-def test_a_yaml_file_with_mistakes_is_refused(line: str, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "eval.yaml").write_text(line + "\n")
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main(["--config", str(tmp_path / "eval.yaml"), "--ckpt", str(checkpoint)])
-    assert stopped.value.code == 2
-    assert not (checkpoint.parent / "eval").exists()
-
-
-def test_main_evaluates_goes_on_and_reports(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    made: list[Job] = []
-    generate = Evaluator.generate
-    monkeypatch.setattr(Evaluator, "generate", lambda self, unit: made.extend(unit) or generate(self, unit))
-    arguments = ["--ckpt", str(checkpoint), "--k", "1", "--num_prompts", "2", "--images", "1", "--batch_size", "4"]
-    evaluation.main([*arguments, "--scales", "0", "1"])
-    folder = checkpoint.parent / "eval" / "checkpoint-3-sde2-cfg1-seed0"
-    assert capsys.readouterr().out.strip() == str(folder / "report.html")
-    assert {f.name for f in folder.iterdir()} >= {"scores.jsonl", "meta.json", "summary.json", "report.html", "images"}
-    assert {f.name for f in (folder / "images").iterdir()} == {"0-0-0.png", "0-0-1.png"}
-    assert len(made) == 6  # two prompts at w = 0 and 1, and with twice the steps
-    before = {(row.mode, row.w, row.prompt_id): row for row in read_rows(folder / "scores.jsonl")}
-    assert before.keys() == {(mode, w, p) for p in (0, 1) for mode, w in ((RLG, 0.0), (RLG, 1.0), (TWICE, 1.0))}
-    assert before[RLG, 1.0, 0].rewards.keys() == {"jpeg_compressibility", "jpeg_incompressibility"}
-    meta = json.loads((folder / "meta.json").read_text())
-    assert meta["trained_rewards"] == ["jpeg_compressibility"] and meta["base"] == str(adapters.read(checkpoint).base)
-
-    made.clear()
-    evaluation.main([*arguments, "--scales", "0", "1", "2"])
-    assert {(job.mode, job.w) for job in made} == {(RLG, 2.0), (LORA_SCALE, 2.0)} and len(made) == 4
-    after = {(row.mode, row.w, row.prompt_id): row for row in read_rows(folder / "scores.jsonl")}
-    assert len(after) == 10 and all(after[key] == row for key, row in before.items())
-    points = {(p["mode"], p["w"]): p for p in json.loads((folder / "summary.json").read_text())["points"]}
-    assert [points[RLG, w]["nfe_per_image"] for w in (0.0, 1.0, 2.0)] == [2, 2, 4]
-    assert points[RLG, 0.0]["kl"] == 0 < points[RLG, 1.0]["kl"] < points[RLG, 2.0]["kl"]
-
-    made.clear()
-    for change in (["--seed", "1"], ["--held_out"]):
-        with pytest.raises(SystemExit) as stopped:
-            evaluation.main([*arguments, "--scales", "0", "1", *change, "--output", str(folder)])
-        assert stopped.value.code == 2 and "give --output another folder" in capsys.readouterr().err
-    assert not made
-
-
-def test_guidance_may_start_from_another_adapter(tiny_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    """From a copy of the tuned model no w changes anything; from a zero LoRA it is guidance from the base."""
-    tuned = [p.detach().clone() for p in tiny_policy("sd3").trainable()]
-    plain_rows = evaluator(tiny_policy("sd3")).generate(unit := jobs(2.0) + jobs(1.0))
-    for name, factor in (("tuned", 1.0), ("zero", 0.0)):
-        save_file({str(i): factor * p for i, p in enumerate(tuned)}, tmp_path / name)
-        found = evaluator(tiny_policy("sd3"), origin=str(tmp_path / name)).generate(unit)
-        torch.testing.assert_close(found.pixels_B3HW[4:], plain_rows.pixels_B3HW[4:], rtol=0, atol=1e-5)
-        same = found.pixels_B3HW[4:] if name == "tuned" else plain_rows.pixels_B3HW[:4]
-        torch.testing.assert_close(found.pixels_B3HW[:4], same, rtol=0, atol=1e-5)
-        expected = plain_rows.kl_B[4:] if name == "tuned" else plain_rows.kl_B[:4]  # the KL is the base's still
-        torch.testing.assert_close(found.kl_B[:4], expected, rtol=1e-4, atol=1e-6)
-    save_file({"0": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="holds no second adapter of the one that is loaded"):
-        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="none is missing or damaged"):
-        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "none"))
-
-
-def test_a_trained_reward_with_a_source_is_not_taken_for_held_out(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(REWARDS, "jpeg_compressibility", replace(REWARDS["jpeg_compressibility"], source="anything"))
-    arguments = [
-        "--ckpt",
-        str(checkpoint),
-        "--rewards",
-        "jpeg_compressibility=x",
-        "--held_out",
-        "jpeg_incompressibility",
-    ]
-    evaluation.main(
-        [*arguments, "--k", "1", "--num_prompts", "1", "--scales", "0", "1", "--output", str(tmp_path / "e")]
-    )
-    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
-    assert summary["meta"]["trained_rewards"] == ["jpeg_compressibility"]
-    assert summary["falls"].keys() == {"jpeg_incompressibility"}

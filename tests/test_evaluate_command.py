@@ -1,0 +1,119 @@
+"""`python -m rlg.evaluate`: whose settings win, what it leaves behind, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rewards import REWARDS
+from rlg import adapters
+from rlg import evaluate as evaluation
+from rlg.evaluate import LORA_SCALE, RLG, TWICE, Evaluator, Job
+from rlg.prompts import Prompt
+from rlg.stats import read_rows
+
+PROMPTS = [Prompt("a red circle", {"tag": "colors"}), Prompt("two blue crosses"), Prompt("three green squares")]
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint in a run folder, whose config says how it was trained."""
+    folder = tmp_path / "runs" / "demo" / "checkpoint-3"
+    shutil.copytree(tiny_checkpoint("sd3"), folder)
+    (tmp_path / "prompts.txt").write_text("".join(p.text + "\n" for p in PROMPTS))
+    row = {
+        "eval_prompts": str(tmp_path / "prompts.txt"),
+        "reward": ["jpeg_compressibility"],
+        "held_out_reward": ["jpeg_incompressibility"],
+        "num_steps": 2,
+        "kernel": "sde",
+        "noise_level": 0.7,
+        "guidance_scale": 1.0,
+        "resolution": None,
+        "dtype": "float32",
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(row))
+    return folder
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "eval.yaml"
+    row = {"ckpt": str(checkpoint), "steps": 5, "scales": [0, 1.5], "modes": "rlg", "held_out": [], "overwrite": True}
+    config.write_text(yaml.safe_dump(row | {"output": str(tmp_path / "out")}))
+    args = evaluation.parse(["--config", str(config), "--scales", "0", "-1", "--k", "7"])
+    assert (args.scales, args.k, args.steps, args.modes) == ([0.0, -1.0], 7, 5, ["rlg"])
+    assert (args.level, args.sampler, args.rewards, args.held_out) == (0.7, "sde", ["jpeg_compressibility"], [])
+    assert args.output == tmp_path / "out" and args.overwrite is True
+
+
+@pytest.mark.parametrize(
+    "line", ["stepz: 3", "k: two", "k: 2.5", "scales: [a]", "sampler: dpm", "dtype: int8", "- steps", "steps: ["]
+)
+def test_a_yaml_file_with_mistakes_is_refused(line: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "eval.yaml").write_text(line + "\n")
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(["--config", str(tmp_path / "eval.yaml"), "--ckpt", str(checkpoint)])
+    assert stopped.value.code == 2
+    assert not (checkpoint.parent / "eval").exists()
+
+
+def test_main_evaluates_goes_on_and_reports(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made: list[Job] = []
+    generate = Evaluator.generate
+    monkeypatch.setattr(Evaluator, "generate", lambda self, unit: made.extend(unit) or generate(self, unit))
+    arguments = ["--ckpt", str(checkpoint), "--k", "1", "--num_prompts", "2", "--images", "1", "--batch_size", "4"]
+    evaluation.main([*arguments, "--scales", "0", "1"])
+    folder = checkpoint.parent / "eval" / "checkpoint-3-sde2-cfg1-seed0"
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert {f.name for f in folder.iterdir()} >= {"scores.jsonl", "meta.json", "summary.json", "report.html", "images"}
+    assert {f.name for f in (folder / "images").iterdir()} == {"0-0-0.png", "0-0-1.png"}
+    assert len(made) == 6  # two prompts at w = 0 and 1, and with twice the steps
+    before = {(row.mode, row.w, row.prompt_id): row for row in read_rows(folder / "scores.jsonl")}
+    assert before.keys() == {(mode, w, p) for p in (0, 1) for mode, w in ((RLG, 0.0), (RLG, 1.0), (TWICE, 1.0))}
+    assert before[RLG, 1.0, 0].rewards.keys() == {"jpeg_compressibility", "jpeg_incompressibility"}
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["trained_rewards"] == ["jpeg_compressibility"] and meta["base"] == str(adapters.read(checkpoint).base)
+
+    made.clear()
+    evaluation.main([*arguments, "--scales", "0", "1", "2"])
+    assert {(job.mode, job.w) for job in made} == {(RLG, 2.0), (LORA_SCALE, 2.0)} and len(made) == 4
+    after = {(row.mode, row.w, row.prompt_id): row for row in read_rows(folder / "scores.jsonl")}
+    assert len(after) == 10 and all(after[key] == row for key, row in before.items())
+    points = {(p["mode"], p["w"]): p for p in json.loads((folder / "summary.json").read_text())["points"]}
+    assert [points[RLG, w]["nfe_per_image"] for w in (0.0, 1.0, 2.0)] == [2, 2, 4]
+    assert points[RLG, 0.0]["kl"] == 0 < points[RLG, 1.0]["kl"] < points[RLG, 2.0]["kl"]
+
+    made.clear()
+    for change in (["--seed", "1"], ["--held_out"]):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main([*arguments, "--scales", "0", "1", *change, "--output", str(folder)])
+        assert stopped.value.code == 2 and "give --output another folder" in capsys.readouterr().err
+    assert not made
+
+
+def test_a_trained_reward_with_a_source_is_not_taken_for_held_out(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REWARDS, "jpeg_compressibility", replace(REWARDS["jpeg_compressibility"], source="anything"))
+    arguments = [
+        "--ckpt",
+        str(checkpoint),
+        "--rewards",
+        "jpeg_compressibility=x",
+        "--held_out",
+        "jpeg_incompressibility",
+    ]
+    evaluation.main(
+        [*arguments, "--k", "1", "--num_prompts", "1", "--scales", "0", "1", "--output", str(tmp_path / "e")]
+    )
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["meta"]["trained_rewards"] == ["jpeg_compressibility"]
+    assert summary["falls"].keys() == {"jpeg_incompressibility"}
