@@ -151,9 +151,10 @@ class Policy:
     def load_frozen_copy(self, name: str, file: Path) -> None:
         """Attach a second adapter of the LoRA's shape, from the weights that a trainer keeps of it (NFT's old policy).
 
-        Raises ValueError if the file is missing, damaged or of another shape.
+        Raises ValueError if the file is missing, damaged or of another shape, or the tuned model is a full network.
         """
-        assert self.tuned is None, "a full network has no adapter to stand beside"
+        if self.tuned is not None:
+            raise ValueError(f"the tuned model is a full network, which has no second adapter as in {file}")
         try:
             saved = load_file(file)
         except (SafetensorError, OSError) as error:

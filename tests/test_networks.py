@@ -324,11 +324,16 @@ def test_commands_refuse_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_evaluator_refuses_a_mode_that_its_policy_has_not(finetuned: Callable[[str], Path], policy: Policy) -> None:
+def test_an_evaluator_refuses_what_its_policy_has_not(finetuned: Callable[[str], Path], policy: Policy) -> None:
     policy.load_tuned(finetuned("sd"))
     try:
         with pytest.raises(ValueError, match="mode lora_scale scales a LoRA"):
             evaluate.Evaluator(policy, None, [], evaluate.EvalSettings((0.0,), MODES, 1, "ode", 0, 1, None, 1, 0, 1))
+        settings = evaluate.EvalSettings(
+            (0.0,), MODES[:1], 1, "ode", 0, 1, None, 1, 0, 1, origin="lora_old.safetensors"
+        )
+        with pytest.raises(ValueError, match="is a full network, which has no second adapter as in lora_old.safet"):
+            evaluate.Evaluator(policy, None, [], settings)
     finally:
         policy.tuned = None
     assert evaluate.modes_of(None, full=True) == (MODES[0], MODES[2])
