@@ -332,7 +332,7 @@ def test_an_evaluator_refuses_what_its_policy_has_not(finetuned: Callable[[str],
         settings = evaluate.EvalSettings(
             (0.0,), MODES[:1], 1, "ode", 0, 1, None, 1, 0, 1, origin="lora_old.safetensors"
         )
-        with pytest.raises(ValueError, match="is a full network, which has no second adapter as in lora_old.safet"):
+        with pytest.raises(ValueError, match="is a full network, which has no second adapter"):
             evaluate.Evaluator(policy, None, [], settings)
     finally:
         policy.tuned = None
