@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CHAIN = ("process", "backbones", "policy", "guidance", "sampling", "evaluate", "report")  # of rlg, earlier to later
+# of rlg, earlier to later
+CHAIN = ("process", "backbones", "policy", "guidance", "sampling", "evaluator", "evaluate", "report")
 REWARD_TYPES = {"Reward", "RewardError", "RewardMix", "RewardScores", "RewardSpec"}
 CALLS_ITS_READER = {("evaluate", "report")}  # the command writes the report when it is done
 # Inside of names too; but "tiny-sd3" is a file's name in a help text, and transformers is a library's.

@@ -1,366 +1,120 @@
-"""The evaluator: what a row says, that rows are paired, and that finished work is neither lost nor done again."""
+"""`python -m rlg.evaluate`: whose settings win, what it leaves behind, and that it goes on where it was."""
 
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import yaml
 
-from rewards import RewardMix
+from rewards import REWARDS
+from rlg import adapters
 from rlg import evaluate as evaluation
-from rlg import process, sampling
-from rlg.evaluate import LORA_SCALE, RLG, TWICE, EvalSettings, Evaluator, Images, Job, diversity, merge, plan
-from rlg.guidance import with_cfg
-from rlg.policy import Policy
+from rlg.eval_folder import Job
+from rlg.evaluator import LORA_SCALE, RLG, TWICE, Evaluator
 from rlg.prompts import Prompt
-from rlg.sampling import SampleId, SampleNoise
-from rlg.stats import MODES
+from rlg.stats import read_rows
 
 PROMPTS = [Prompt("a red circle", {"tag": "colors"}), Prompt("two blue crosses"), Prompt("three green squares")]
-SETTINGS = EvalSettings(
-    scales=(0.0, 0.5, 1.0, 2.0),
-    modes=(RLG,),
-    steps=2,
-    sampler="sde",
-    level=0.7,
-    cfg=1.0,
-    resolution=None,
-    k=2,
-    seed=3,
-    batch_size=64,
-)
-REWARD = RewardMix({"bright": lambda images, prompts, metadata: images.mean(dim=(1, 2, 3))}, (1.0,))
 
 
-@pytest.fixture(scope="module")
-def policies(tiny_policy: Callable[..., Policy]) -> Callable[[str], Policy]:
-    """A policy of a family with a LoRA that is not zero, made once."""
-    return cache(tiny_policy)
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A checkpoint in a run folder, whose config says how it was trained."""
+    folder = tmp_path / "runs" / "demo" / "checkpoint-3"
+    shutil.copytree(tiny_checkpoint("sd3"), folder)
+    (tmp_path / "prompts.txt").write_text("".join(p.text + "\n" for p in PROMPTS))
+    row = {
+        "eval_prompts": str(tmp_path / "prompts.txt"),
+        "reward": ["jpeg_compressibility"],
+        "held_out_reward": ["jpeg_incompressibility"],
+        "num_steps": 2,
+        "kernel": "sde",
+        "noise_level": 0.7,
+        "guidance_scale": 1.0,
+        "resolution": None,
+        "dtype": "float32",
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(row))
+    return folder
 
 
-def evaluator(policy: Policy, **changes: Any) -> Evaluator:
-    return Evaluator(policy, REWARD, PROMPTS, replace(SETTINGS, **changes))
-
-
-def jobs(w: float, mode: str = RLG, prompts: int = 2, k: int = 2) -> list[Job]:
-    return [Job(p, i, w, mode) for p in range(prompts) for i in range(k)]
-
-
-def plain(policy: Policy, tuned: bool, unit: list[Job], steps: int = 2, cfg: float = 1.0, **sampler: Any) -> Tensor:
-    """Images of a unit, by the base or the tuned model on its own."""
-    schedule = policy.schedule(steps, sampler.get("sampler", "sde"), 0.7)
-    noise = SampleNoise([SampleId(SETTINGS.seed, job.prompt_id, job.k) for job in unit], policy.latent_shape())
-    cond = policy.encode([p.text for p in PROMPTS])[torch.tensor([job.prompt_id for job in unit])]
-    predict = with_cfg(policy.predict if tuned else policy.reference, policy.encode([""]), cfg)
-    return policy.decode(sampling.sample(predict, schedule, cond, noise))
-
-
-# --- the plan
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 16, 1000])
-def test_plan_makes_every_image_once(batch_size: int) -> None:
-    settings = replace(SETTINGS, modes=MODES, batch_size=batch_size)
-    units = plan(settings, [4, 7, 9], set())
-    made = [job for unit in units for job in unit]
-    expected = {Job(p, k, w, RLG) for p in (4, 7, 9) for k in (0, 1) for w in (0.0, 0.5, 1.0, 2.0)}
-    expected |= {Job(p, k, 1.0, TWICE) for p in (4, 7, 9) for k in (0, 1)}
-    expected |= {Job(p, k, w, LORA_SCALE) for p in (4, 7, 9) for k in (0, 1) for w in (0.5, 2.0)}
-    assert len(made) == len(expected) and set(made) == expected
-    for unit in units:
-        assert len({job.mode for job in unit}) == 1
-        assert unit[0].mode != LORA_SCALE or len({job.w for job in unit}) == 1
-        groups = {(job.prompt_id, job.w) for job in unit}
-        assert len(unit) == 2 * len(groups)  # whole groups of k
-        assert len(unit) <= max(batch_size, 2 * len({w for _, w in groups}))
-
-
-def test_plan_leaves_out_what_is_done_and_redoes_groups_that_were_cut_off() -> None:
-    settings = replace(SETTINGS, scales=(0.0, 1.0))
-    everything = {job for unit in plan(settings, [0, 1], set()) for job in unit}
-    assert plan(settings, [0, 1], everything) == []
-    (rest,) = plan(settings, [0, 1], everything - {Job(1, 0, 1.0, RLG)})
-    assert rest == [Job(1, 0, 1.0, RLG), Job(1, 1, 1.0, RLG)]
-    more = plan(replace(settings, scales=(0.0, 0.5, 1.0)), [0, 1], everything)
-    assert {job for unit in more for job in unit} == {Job(p, k, 0.5, RLG) for p in (0, 1) for k in (0, 1)}
+def test_command_line_wins_over_yaml_and_yaml_over_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "eval.yaml"
+    row = {"ckpt": str(checkpoint), "steps": 5, "scales": [0, 1.5], "modes": "rlg", "held_out": [], "overwrite": True}
+    config.write_text(yaml.safe_dump(row | {"output": str(tmp_path / "out")}))
+    args = evaluation.parse(["--config", str(config), "--scales", "0", "-1", "--k", "7"])
+    assert (args.scales, args.k, args.steps, args.modes) == ([0.0, -1.0], 7, 5, ["rlg"])
+    assert (args.level, args.sampler, args.rewards, args.held_out) == (0.7, "sde", ["jpeg_compressibility"], [])
+    assert args.output == tmp_path / "out" and args.overwrite is True
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scales": (0.0, math.nan)}, "must be finite"),
-        ({"scales": ()}, "must be finite"),
-        ({"modes": ("rlg", "magic")}, "unknown mode 'magic'; known: rlg, lora_scale, tuned_2x_steps"),
-        ({"k": 0}, "must be at least 1"),
-        ({"steps": 0}, "must be at least 1"),
-    ],
+    "line", ["stepz: 3", "k: two", "k: 2.5", "scales: [a]", "sampler: dpm", "dtype: int8", "- steps", "steps: ["]
 )
-def test_settings_are_checked(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(SETTINGS, **changes)
+def test_a_yaml_file_with_mistakes_is_refused(line: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "eval.yaml").write_text(line + "\n")
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(["--config", str(tmp_path / "eval.yaml"), "--ckpt", str(checkpoint)])
+    assert stopped.value.code == 2
+    assert not (checkpoint.parent / "eval").exists()
 
 
-# --- images
-
-
-@pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_w_0_is_the_base_and_w_1_the_tuned_model(family: str, cfg: float, policies: Callable[[str], Policy]) -> None:
-    policy = policies(family)
-    judge = evaluator(policy, cfg=cfg)
-    base, tuned = (plain(policy, tuned, jobs(0.0), cfg=cfg) for tuned in (False, True))
-    assert torch.equal(judge.generate(jobs(0.0)).pixels_B3HW, base)
-    assert torch.equal(judge.generate(jobs(1.0)).pixels_B3HW, tuned)
-    assert (base - tuned).abs().max() > 0.01
-    together = judge.generate([*jobs(0.0), *jobs(1.0), *jobs(2.0)]).pixels_B3HW
-    torch.testing.assert_close(together[:8], torch.cat([base, tuned]), rtol=0, atol=1e-3)
-
-
-def test_other_modes_are_other_ways_to_run_the_tuned_model(policies: Callable[[str], Policy]) -> None:
-    policy = policies("sd3")
-    judge = evaluator(policy)
-    base, tuned = (plain(policy, tuned, jobs(0.0)) for tuned in (False, True))
-    assert torch.equal(judge.generate(jobs(1.0, LORA_SCALE)).pixels_B3HW, tuned)
-    torch.testing.assert_close(judge.generate(jobs(0.0, LORA_SCALE)).pixels_B3HW, base, rtol=0, atol=1e-4)
-    half = judge.generate(jobs(0.5, LORA_SCALE)).pixels_B3HW
-    assert min(float((half - other).abs().max()) for other in (base, tuned)) > 1e-3
-    assert torch.equal(judge.generate(jobs(1.0)).pixels_B3HW, tuned)  # the scale was put back
-    assert torch.equal(judge.generate(jobs(1.0, TWICE)).pixels_B3HW, plain(policy, True, jobs(1.0), steps=4))
-
-
-@pytest.mark.parametrize("sampler", ["ode", "sde"])
-def test_rows_do_not_depend_on_the_batch(sampler: str, policies: Callable[[str], Policy]) -> None:
-    """All scales in one batch, a scale at a time, batches of three, and every image alone."""
-    policy = policies("sd3")
-    unit = [job for w in SETTINGS.scales for job in jobs(w)]
-    whole = dict(zip(unit, (row for row, _ in evaluator(policy, sampler=sampler).run(unit)), strict=True))
-    one_scale = evaluator(policy, sampler=sampler, scales=(2.0,))
-    parts = [row for w in SETTINGS.scales for row, _ in one_scale.run(jobs(w))]
-    parts += [row for row, _ in evaluator(policy, sampler=sampler, batch_size=3).run(unit)]
-    parts += [replace(next(one_scale.run([job]))[0], diversity=whole[job].diversity) for job in unit[::3]]
-    for row in parts:
-        expected = whole[Job(row.prompt_id, row.k, row.w, row.mode)]
-        assert row.rewards == pytest.approx(expected.rewards, abs=1e-5)
-        assert row.diversity == pytest.approx(expected.diversity, abs=1e-4)
-        assert row.kl == pytest.approx(expected.kl, rel=1e-3, abs=1e-6) if sampler == "sde" else row.kl is None
-        assert (row.nfe, row.prompt, row.tag) == (expected.nfe, expected.prompt, expected.tag)
-
-
-def test_batches_are_no_larger_than_asked(policies: Callable[[str], Policy], monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, sizes = evaluator(policies("sd3"), batch_size=3), []
-    generate = judge.generate
-    monkeypatch.setattr(judge, "generate", lambda unit: sizes.append(len(unit)) or generate(unit))
-    assert len(list(judge.run([job for w in (0.0, 2.0) for job in jobs(w)]))) == 8
-    assert sizes == [3, 3, 2]
-
-
-def test_noise_is_paired_across_scales_and_not_across_images(policies: Callable[[str], Policy]) -> None:
-    judge = evaluator(policies("sd3"), sampler="ode")
-    images = judge.generate([*jobs(0.0), *jobs(1e-3)]).pixels_B3HW
-    paired = (images[:4] - images[4:]).abs().flatten(1).mean(dim=1)
-    assert paired.max() < 1e-3  # nearly the same w: nearly the same images
-    other = torch.stack([(images[i] - images[j]).abs().mean() for i in range(4) for j in range(i)])
-    assert other.min() > 0.01
-    again = evaluator(policies("sd3"), sampler="ode", seed=4).generate(jobs(0.0)).pixels_B3HW
-    assert (again - images[:4]).abs().flatten(1).mean(dim=1).min() > 0.01
-
-
-def test_guidance_may_start_from_another_adapter(tiny_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    """From a copy of the tuned model no w changes anything; from a zero LoRA it is guidance from the base."""
-    tuned = [p.detach().clone() for p in tiny_policy("sd3").trainable()]
-    plain_rows = evaluator(tiny_policy("sd3")).generate(unit := jobs(2.0) + jobs(1.0))
-    for name, factor in (("tuned", 1.0), ("zero", 0.0)):
-        save_file({str(i): factor * p for i, p in enumerate(tuned)}, tmp_path / name)
-        found = evaluator(tiny_policy("sd3"), origin=str(tmp_path / name)).generate(unit)
-        torch.testing.assert_close(found.pixels_B3HW[4:], plain_rows.pixels_B3HW[4:], rtol=0, atol=1e-5)
-        same = found.pixels_B3HW[4:] if name == "tuned" else plain_rows.pixels_B3HW[:4]
-        torch.testing.assert_close(found.pixels_B3HW[:4], same, rtol=0, atol=1e-5)
-        expected = plain_rows.kl_B[4:] if name == "tuned" else plain_rows.kl_B[:4]  # the KL is the base's still
-        torch.testing.assert_close(found.kl_B[:4], expected, rtol=1e-4, atol=1e-6)
-    save_file({"0": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="holds no second adapter of the one that is loaded"):
-        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="none is missing or damaged"):
-        evaluator(tiny_policy("sd3"), origin=str(tmp_path / "none"))
-
-
-# --- what a row says
-
-
-def test_path_kl_by_hand(policies: Callable[[str], Policy]) -> None:
-    """Of the tuned model: sum over its own path of |mean - base mean|^2 / (2 std^2)."""
-    policy = policies("sd3")
-    unit, schedule = jobs(1.0), policy.schedule(2, "sde", 0.7)
-    noise = SampleNoise([SampleId(SETTINGS.seed, job.prompt_id, job.k) for job in unit], policy.latent_shape())
-    cond = policy.encode([p.text for p in PROMPTS])[torch.tensor([job.prompt_id for job in unit])]
-    path = sampling.rollout(policy.predict, schedule, cond, noise, keep_means=True)
-    expected = torch.zeros(4)
-    with torch.no_grad():
-        for i in range(2):
-            base = policy.reference(path.x_TBCHW[i], sampling.times(schedule, i, 4), cond)
-            gap = path.mean_TBCHW[i] - process.mean(schedule, i, path.x_TBCHW[i], base)
-            expected += gap.square().sum(dim=(1, 2, 3)) / (2 * schedule.std[i] ** 2)
-    found = evaluator(policy).generate(unit).kl_B
-    assert expected.min() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    assert evaluator(policy).generate(jobs(1.0, LORA_SCALE)).kl_B.tolist() == pytest.approx(found.tolist(), rel=1e-4)
-
-
-def test_path_kl_is_zero_at_the_base_and_quadratic_near_it(family: str, policies: Callable[[str], Policy]) -> None:
-    judge = evaluator(policies(family))
-    at = {w: judge.generate(jobs(w)).kl_B for w in (0.0, 0.01, 0.02, -0.01, 1.0, 2.0)}
-    assert not at[0.0].any()
-    torch.testing.assert_close(at[0.02] / at[0.01], torch.full((4,), 4.0), rtol=0.1, atol=0)
-    torch.testing.assert_close(at[-0.01] / at[0.01], torch.ones(4), rtol=0.1, atol=0)
-    assert (at[2.0] > at[1.0]).all() and (at[1.0] > 0).all()
-    assert evaluator(policies(family), sampler="ode").generate(jobs(1.0)).kl_B is None
-
-
-@pytest.mark.parametrize(("cfg", "factor"), [(1.0, 1), (2.0, 2)])
-def test_network_evaluations_are_counted_as_they_are_made(
-    cfg: float, factor: int, policies: Callable[[str], Policy], monkeypatch: pytest.MonkeyPatch
+def test_main_evaluates_goes_on_and_reports(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    policy, made = policies("sd3"), []
-    forward = policy.backbone.forward
-
-    def counted(network: Any, x: Tensor, *rest: Any) -> Tensor:
-        made.append(len(x))
-        return forward(network, x, *rest)
-
-    monkeypatch.setattr(policy, "backbone", replace(policy.backbone, forward=counted))
-    judge = evaluator(policy, cfg=cfg, sampler="ode", steps=3)
-    units = {
-        3: [*jobs(0.0), *jobs(1.0)],
-        6: [*jobs(0.5), *jobs(2.0), *jobs(-1.0)],
-    }
-    for passes, unit in units.items():
-        made.clear()
-        assert judge.generate(unit).nfe_B.tolist() == [passes * factor] * len(unit)
-        assert sum(made) == passes * factor * len(unit)
-    assert judge.generate(jobs(1.0, TWICE)).nfe_B.tolist() == [6 * factor] * 4
-    assert judge.generate(jobs(2.0, LORA_SCALE)).nfe_B.tolist() == [3 * factor] * 4
-    made.clear()
-    stochastic = evaluator(policy, cfg=cfg, steps=3).generate(jobs(1.0))
-    assert stochastic.nfe_B.tolist() == [3 * factor] * 4  # what the image costs;
-    assert sum(made) == 6 * factor * 4  # its KL needs the base too
-
-
-def test_diversity_by_hand() -> None:
-    grey = torch.tensor([0.0, 0.5, 1.0, 0.3, 0.7, 0.2])[:, None, None, None].expand(6, 3, 32, 32)
-    groups = [(0, 1.0), (0, 1.0), (0, 1.0), (1, 1.0), (1, 2.0), (1, 1.0)]
-    expected = [0.75, 0.5, 0.75, 0.1, None, 0.1]  # distances 0.5, 1, 0.5; a group of one has none
-    for found, value in zip(diversity(grey, groups), expected, strict=True):
-        assert found == (None if value is None else pytest.approx(value, abs=1e-6))
-    same = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).expand(30, 3, 64, 64)
-    assert diversity(same, [(0, 0.0)] * 30) == [0.0] * 30  # exactly, in large groups too
-
-
-# --- resuming
-
-
-class Fake(Evaluator):
-    """Grey images that depend on their job alone; dies when its budget of units is spent."""
-
-    def __init__(self, settings: EvalSettings, budget: int = 1000):
-        self.reward, self.prompts, self.settings, self.budget = REWARD, PROMPTS, settings, budget
-        self.made: list[Job] = []
-
-    def generate(self, unit: list[Job]) -> Images:
-        if not self.budget:
-            raise KeyboardInterrupt
-        self.budget -= 1
-        self.made += unit
-        grey = torch.tensor([(1 + 3 * job.prompt_id + 5 * job.k + 7 * job.w) % 11 / 11 for job in unit])
-        ones = torch.ones(len(unit))
-        return Images(grey[:, None, None, None].expand(-1, 3, 16, 16), None, ones, ones)
-
-
-def evaluated(fake: Fake, folder: Path, rank: int = 0, world: int = 1) -> None:
-    evaluation.evaluate(fake, folder, range(3), lambda job: job.k == 0, rank, world)
-
-
-SMALL = replace(SETTINGS, scales=(0.0, 1.0, 2.0), batch_size=6)  # a unit a prompt
-
-
-@pytest.mark.filterwarnings("ignore:.*cut off")
-@pytest.mark.parametrize("cut", [0, 20, 700, 1000, 1500])
-def test_a_killed_evaluation_goes_on_where_it_was(cut: int, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    evaluated(Fake(SMALL), tmp_path / "whole")
-    assert merge(tmp_path / "whole") == 18
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(Fake(SMALL, budget=2), tmp_path / "killed")
-    file = tmp_path / "killed" / "scores-0.jsonl"
-    left = file.read_bytes()[: -cut or None]  # the last write got this far
-    file.write_bytes(left)
-    complete = left[: left.rfind(b"\n") + 1].count(b"\n")
-    assert merge(tmp_path / "killed") == complete
-    again = Fake(SMALL)
-    evaluated(again, tmp_path / "killed")
-    assert merge(tmp_path / "killed") == 18
-    assert (tmp_path / "killed" / "scores.jsonl").read_text() == (tmp_path / "whole" / "scores.jsonl").read_text()
-    assert len(again.made) == 18 - complete + complete % 2  # an image alone has no diversity: it is made again
-    idle = Fake(SMALL, budget=0)
-    evaluated(idle, tmp_path / "killed")
-    assert merge(tmp_path / "killed") == 18 and not idle.made
-
-
-def test_a_file_that_was_cut_off_in_its_first_line_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / "scores-0.jsonl").write_text('{"prompt_id": 0, "pro')
-    (tmp_path / "scores-1.jsonl").write_text("")
-    assert merge(tmp_path) == 0
-    evaluated(Fake(SMALL), tmp_path)
-    assert merge(tmp_path) == 18
-
-
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_processes_share_the_work_even_if_one_is_early(world: int, tmp_path: Path) -> None:
     made: list[Job] = []
-    for rank in reversed(range(world)):  # the last one is done before the first looks
-        fake = Fake(SMALL)
-        evaluated(fake, tmp_path, rank, world)
-        made += fake.made
-    assert len(made) == len(set(made)) == 18
-    assert merge(tmp_path) == 18
-    assert not list(tmp_path.glob("scores-*.jsonl"))
+    generate = Evaluator.generate
+    monkeypatch.setattr(Evaluator, "generate", lambda self, unit: made.extend(unit) or generate(self, unit))
+    arguments = ["--ckpt", str(checkpoint), "--k", "1", "--num_prompts", "2", "--images", "1", "--batch_size", "4"]
+    evaluation.main([*arguments, "--scales", "0", "1"])
+    folder = checkpoint.parent / "eval" / "checkpoint-3-sde2-cfg1-seed0"
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert {f.name for f in folder.iterdir()} >= {"scores.jsonl", "meta.json", "summary.json", "report.html", "images"}
+    assert {f.name for f in (folder / "images").iterdir()} == {"0-0-0.png", "0-0-1.png"}
+    assert len(made) == 6  # two prompts at w = 0 and 1, and with twice the steps
+    before = {(row.mode, row.w, row.prompt_id): row for row in read_rows(folder / "scores.jsonl")}
+    assert before.keys() == {(mode, w, p) for p in (0, 1) for mode, w in ((RLG, 0.0), (RLG, 1.0), (TWICE, 1.0))}
+    assert before[RLG, 1.0, 0].rewards.keys() == {"jpeg_compressibility", "jpeg_incompressibility"}
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["trained_rewards"] == ["jpeg_compressibility"] and meta["base"] == str(adapters.read(checkpoint).base)
+
+    made.clear()
+    evaluation.main([*arguments, "--scales", "0", "1", "2"])
+    assert {(job.mode, job.w) for job in made} == {(RLG, 2.0), (LORA_SCALE, 2.0)} and len(made) == 4
+    after = {(row.mode, row.w, row.prompt_id): row for row in read_rows(folder / "scores.jsonl")}
+    assert len(after) == 10 and all(after[key] == row for key, row in before.items())
+    points = {(p["mode"], p["w"]): p for p in json.loads((folder / "summary.json").read_text())["points"]}
+    assert [points[RLG, w]["nfe_per_image"] for w in (0.0, 1.0, 2.0)] == [2, 2, 4]
+    assert points[RLG, 0.0]["kl"] == 0 < points[RLG, 1.0]["kl"] < points[RLG, 2.0]["kl"]
+
+    made.clear()
+    for change in (["--seed", "1"], ["--held_out"]):
+        with pytest.raises(SystemExit) as stopped:
+            evaluation.main([*arguments, "--scales", "0", "1", *change, "--output", str(folder)])
+        assert stopped.value.code == 2 and "give --output another folder" in capsys.readouterr().err
+    assert not made
 
 
-def test_images_are_kept_as_asked(tmp_path: Path) -> None:
-    evaluated(Fake(replace(SMALL, scales=(0.0, 0.25))), tmp_path)
-    found = {f.name for f in (tmp_path / "images").iterdir()}
-    assert found == {f"{p}-0-{w}.png" for p in range(3) for w in ("0", "0.25")}
-
-
-# --- the folder
-
-
-def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "eval"
-    meta = {"base": "tiny-sd3", "steps": 10, "trained_rewards": ["a"]}
-    evaluation.prepare_folder(folder, meta, overwrite=False)
-    evaluated(Fake(SMALL), folder)
-    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    evaluation.prepare_folder(folder, meta, overwrite=False)  # the same settings: go on
-    with pytest.raises(ValueError, match=r"another steps \(10, not 20\); give --output another folder"):
-        evaluation.prepare_folder(folder, meta | {"steps": 20}, overwrite=False)
-    assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
-    evaluation.prepare_folder(folder, meta | {"steps": 20}, overwrite=True)
-    assert [f.name for f in folder.rglob("*") if f.is_file()] == ["meta.json"]
-    assert json.loads((folder / "meta.json").read_text())["steps"] == 20
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "scores-of-my-students.jsonl").write_text("{}\n")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
-            evaluation.prepare_folder(tmp_path, {"base": "b"}, overwrite)
-    assert [f.name for f in tmp_path.iterdir()] == ["scores-of-my-students.jsonl"]
+def test_a_trained_reward_with_a_source_is_not_taken_for_held_out(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REWARDS, "jpeg_compressibility", replace(REWARDS["jpeg_compressibility"], source="anything"))
+    arguments = [
+        "--ckpt",
+        str(checkpoint),
+        "--rewards",
+        "jpeg_compressibility=x",
+        "--held_out",
+        "jpeg_incompressibility",
+    ]
+    evaluation.main(
+        [*arguments, "--k", "1", "--num_prompts", "1", "--scales", "0", "1", "--output", str(tmp_path / "e")]
+    )
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["meta"]["trained_rewards"] == ["jpeg_compressibility"]
+    assert summary["falls"].keys() == {"jpeg_incompressibility"}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rlg
-from rlg import adapters, evaluate, guidance, networks, sample
+from rlg import adapters, evaluate, evaluator, guidance, networks, sample
 from rlg.policy import Policy
 from rlg.stats import MODES, read_rows
 
@@ -328,12 +328,12 @@ def test_an_evaluator_refuses_what_its_policy_has_not(finetuned: Callable[[str],
     policy.load_tuned(finetuned("sd"))
     try:
         with pytest.raises(ValueError, match="mode lora_scale scales a LoRA"):
-            evaluate.Evaluator(policy, None, [], evaluate.EvalSettings((0.0,), MODES, 1, "ode", 0, 1, None, 1, 0, 1))
-        settings = evaluate.EvalSettings(
+            evaluator.Evaluator(policy, None, [], evaluator.EvalSettings((0.0,), MODES, 1, "ode", 0, 1, None, 1, 0, 1))
+        settings = evaluator.EvalSettings(
             (0.0,), MODES[:1], 1, "ode", 0, 1, None, 1, 0, 1, origin="lora_old.safetensors"
         )
         with pytest.raises(ValueError, match="is a full network, which has no second adapter"):
-            evaluate.Evaluator(policy, None, [], settings)
+            evaluator.Evaluator(policy, None, [], settings)
     finally:
         policy.tuned = None
     assert evaluate.modes_of(None, full=True) == (MODES[0], MODES[2])
