@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlg import adapters, hub, networks
 from rlg import prompts as prompt_sets
+from rlg.choose import Goal, choose
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
 from rlg.eval_folder import Job, merge, prepare_folder
-from rlg.evaluator import LORA_SCALE, RLG, EvalSettings, Evaluator, evaluate, modes_of
+from rlg.evaluator import CORRECTED, LORA_SCALE, RLG, EvalSettings, Evaluator, evaluate, modes_of
 from rlg.policy import DTYPES, Policy, base_of
 from rlg.process import KERNELS
 from rlg.stats import MODES
@@ -39,7 +41,16 @@ def build_parser() -> Parser:
         help="adapter that guidance starts from instead of the base: CKPT/trainer_state/lora_old.safetensors of NFT",
     )
     add("--scales", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3], help="values of w")
-    add("--modes", nargs="+", help=f"default: {' '.join(MODES)} (for a full network without {LORA_SCALE})")
+    add(
+        "--modes",
+        nargs="+",
+        help=f"of {', '.join(MODES)} (default: all but {CORRECTED}, and for a full network without {LORA_SCALE})",
+    )
+    goals = parser.add_mutually_exclusive_group()  # in place of --scales: the base, the tuned model and the w chosen
+    goals.add_argument("--kl_budget", type=float, help="choose the w that spends this many nats of path KL")
+    goals.add_argument("--target_reward", type=float, help="choose the w that reaches this mean of the first reward")
+    goals.add_argument("--min_ess", type=float, help="choose the largest w > 1 of at least this effective share")
+    add("--calibration_prompts", type=int, default=16, help="prompts that w is chosen on")
     add("--prompts", help="prompt set (default: the held-out set of the run)")
     add("--num_prompts", type=int, help="how many of them, spread evenly (default: all)")
     add("--k", type=int, default=4, help="images a prompt")
@@ -111,6 +122,13 @@ def _settings(args: argparse.Namespace) -> EvalSettings:
     )
 
 
+def _goal(args: argparse.Namespace) -> Goal | None:
+    given = [name for name in ("kl_budget", "target_reward", "min_ess") if getattr(args, name) is not None]
+    if given and args.calibration_prompts < 1:
+        raise ValueError(f"--calibration_prompts must be at least 1, got {args.calibration_prompts}")
+    return Goal(given[0], getattr(args, given[0])) if given else None
+
+
 def home_of(tuned: str | Path) -> tuple[str, Path]:
     """(name, folder) of the run that made an adapter; runs/NAME for a hub id and a full network, made elsewhere."""
     if hub.is_id(tuned):
@@ -134,6 +152,7 @@ def run(args: argparse.Namespace) -> Path:
 
     base = base_of(args.ckpt, args.base)
     settings = _settings(args)
+    goal = _goal(args)
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
     source = args.prompts or "tinyworld:composition/test"
@@ -148,9 +167,17 @@ def run(args: argparse.Namespace) -> Path:
     if policy.tuned is not None and state.is_main_process:
         print(networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
     evaluator = Evaluator(policy, reward, prompts, settings)
+    chosen = None
+    if goal:
+        calibration = prompt_sets.spread(ids, args.calibration_prompts)
+        w = choose(goal, partial(evaluator.rows_at, calibration), names[0])
+        chosen = asdict(goal) | {"w": w}
+        print(f"--{goal.option} {goal.value:g}: w = {w:g}, by {len(calibration)} prompts", file=sys.stderr)
+        settings = evaluator.settings = replace(settings, scales=tuple(sorted({0.0, 1.0, w})))
     name, home = home_of(args.ckpt)
     origin = "" if settings.origin is None else f"-from-{Path(settings.origin).stem}"
     ident = f"{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}{origin}"
+    ident += f"-{goal.option}{goal.value:g}" if goal else ""
     folder = args.output or home / "eval" / f"{Path(args.ckpt).resolve().name}-{ident}"
     meta = {
         "name": name if settings.origin is None else f"{name} from {Path(settings.origin).stem}",
@@ -160,6 +187,7 @@ def run(args: argparse.Namespace) -> Path:
         "rewards": names,
         "prompts": source,
         "num_prompts": len(ids),
+        "chosen": chosen,
         "dtype": args.dtype or "float32",
         **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size")},
     }

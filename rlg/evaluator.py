@@ -4,7 +4,8 @@ Base and adapter-enabled passes run on one network (a full fine-tuned network is
 batch; w = 0 and w = 1 take one pass. Noise is a function of (seed, prompt, k), so all scales, modes and later runs are
 paired. Beside the sweep (mode "rlg") it runs the two baselines that cost the same or less: the tuned model with twice
 the steps ("tuned_2x_steps", equal network evaluations) and the LoRA scaled by w ("lora_scale", one pass; a full
-network has none).
+network has none). Where it is asked for, mode "corrected" resamples a prompt's images towards base^(1-w) tuned^w
+(`rlg.corrector`); the weights that it would go by are in every guided row, as `log_weight`.
 
 The work is cut into units (a few prompts, all their images, all scales) whose batches do not depend on the number of
 processes; each process takes every n-th unit and appends its rows to a file of its own. Path KL is in nats, by
@@ -17,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from tqdm import tqdm
 
 from rewards import RewardMix
 from rlg import adapters, guidance, process, sampling
+from rlg.corrector import RESAMPLE_BELOW, Corrector
 from rlg.eval_folder import IMAGES, ROWS, Job, job_of, read, save_images
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
 from rlg.stats import MODES, Row
 
-RLG, LORA_SCALE, TWICE = MODES
+RLG, LORA_SCALE, TWICE, CORRECTED = MODES
 _ORIGIN = "origin"  # name of the adapter that guidance starts from, in the network
 _DIVERSITY_SIDE = 16  # images are compared at 16x16: layout and colour, not texture
 
@@ -63,6 +65,10 @@ class EvalSettings:
             raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
         if min(self.k, self.steps, self.batch_size) < 1:
             raise ValueError("--k, --steps and --batch_size must be at least 1")
+        if CORRECTED in self.modes and self.k > self.batch_size:
+            raise ValueError(
+                f"mode {CORRECTED} resamples the {self.k} images of a prompt together; raise --batch_size to that"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,18 +79,17 @@ class Images:
     kl_B: Tensor | None  # nats
     nfe_B: Tensor
     seconds_B: Tensor
+    log_weight_B: Tensor | None = None  # nats; of guidance that is not corrected
 
     @staticmethod
     def cat(parts: Sequence[Images]) -> Images:
         """Join batches."""
-        kl_B = None if parts[0].kl_B is None else torch.cat([part.kl_B for part in parts])
-        rest = ([getattr(part, name) for part in parts] for name in ("pixels_B3HW", "nfe_B", "seconds_B"))
-        pixels_B3HW, nfe_B, seconds_B = map(torch.cat, rest)
-        return Images(pixels_B3HW, kl_B, nfe_B, seconds_B)
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(Images))
+        return Images(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def plan(settings: EvalSettings, prompt_ids: Sequence[int], done: set[Job]) -> list[list[Job]]:
-    """Units of work of one mode each (and of one w for `lora_scale`), without what is done.
+    """Units of work of one mode each (and of one w for `lora_scale` and `corrected`), without what is done.
 
     A prompt's images at one w stay together, as diversity compares them: unless all are there, all are made.
     """
@@ -103,14 +108,15 @@ def _sweeps(settings: EvalSettings) -> Iterator[tuple[str, tuple[float, ...]]]:
         yield RLG, settings.scales
     if TWICE in settings.modes:
         yield TWICE, (1.0,)
-    if LORA_SCALE in settings.modes:
-        yield from ((LORA_SCALE, (w,)) for w in settings.scales if w not in (0.0, 1.0))
+    for mode in (LORA_SCALE, CORRECTED):
+        if mode in settings.modes:
+            yield from ((mode, (w,)) for w in settings.scales if w not in (0.0, 1.0))
 
 
 def modes_of(chosen: Sequence[str] | None, full: bool) -> tuple[str, ...]:
-    """The modes of an evaluation, all that apply if none are chosen. Raises ValueError for one that does not."""
+    """The modes of an evaluation; if none are chosen, all that apply but `corrected`. Raises ValueError for others."""
     if chosen is None:
-        return tuple(mode for mode in MODES if not (full and mode == LORA_SCALE))
+        return (RLG, TWICE) if full else (RLG, LORA_SCALE, TWICE)
     if full and LORA_SCALE in chosen:
         raise ValueError(f"mode {LORA_SCALE} scales a LoRA, and the tuned model is a full network; leave it out")
     return tuple(chosen)
@@ -148,8 +154,14 @@ class Evaluator:
                 diversity=spread_B[i],
                 nfe=int(images.nfe_B[i]),
                 seconds=float(images.seconds_B[i]),
+                log_weight=None if images.log_weight_B is None else float(images.log_weight_B[i]),
             )
             yield row, images.pixels_B3HW[i]
+
+    def rows_at(self, prompt_ids: Sequence[int], w: float) -> list[Row]:
+        """Rows of some prompts guided with one w, by way of trial."""
+        unit = [Job(p, k, w, RLG) for p in prompt_ids for k in range(self.settings.k)]
+        return [row for row, _ in self.run(unit)]
 
     @torch.no_grad()
     def generate(self, unit: Sequence[Job]) -> Images:
@@ -157,14 +169,14 @@ class Evaluator:
         mode, settings = unit[0].mode, self.settings
         steps = settings.steps * (2 if mode == TWICE else 1)
         schedule = self.policy.schedule(steps, settings.sampler, settings.level)
-        weights_B = torch.ones(len(unit)) if mode != RLG else torch.tensor([job.w for job in unit])
+        weights_B = torch.tensor([job.w if mode in (RLG, CORRECTED) else 1.0 for job in unit])
         with adapters.scaled(self.policy.network, unit[0].w if mode == LORA_SCALE else 1.0):
             started = self._now()
-            latents, kl_B, passes_B, wasted = self._sample(unit, schedule, weights_B)
+            latents, kl_B, log_weight_B, passes_B, wasted = self._sample(unit, schedule, weights_B)
             pixels = self.policy.decode(latents).cpu()
             seconds = self._now() - started - wasted
         nfe_B = passes_B * (2 if settings.cfg != 1.0 else 1)
-        return Images(pixels, kl_B, nfe_B, seconds * nfe_B / nfe_B.sum())
+        return Images(pixels, kl_B, nfe_B, seconds * nfe_B / nfe_B.sum(), log_weight_B)
 
     def _now(self) -> float:
         if self.policy.device.type == "cuda":
@@ -173,9 +185,9 @@ class Evaluator:
 
     def _sample(
         self, unit: Sequence[Job], schedule: process.Schedule, weights_B: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, float]:
-        """(latents, path KL, network passes, seconds spent on nothing but the KL)."""
-        settings, policy = self.settings, self.policy
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, float]:
+        """(latents, path KL, log-weights, network passes, seconds spent on nothing but the KL)."""
+        settings, policy, mode = self.settings, self.policy, unit[0].mode
         base = guidance.with_cfg(policy.reference, self.negative, settings.cfg)
         tuned = guidance.with_cfg(policy.predict, self.negative, settings.cfg)
         cond = self._conditioning(unit)
@@ -183,12 +195,15 @@ class Evaluator:
         noise = SampleNoise(ids, self.shape, policy.device)
         origin = base if settings.origin is None else self._origin()
         guided = guidance.rlg(origin, tuned, weights_B)
+        threshold = RESAMPLE_BELOW if mode == CORRECTED else 0.0
+        corrector = Corrector(weights_B, [(job.prompt_id, job.w) for job in unit], threshold, settings.seed)
         x, kl_B, passes_B = noise.initial(), torch.zeros(len(unit)), torch.zeros(len(unit), dtype=torch.long)
         wasted = 0.0
         for i in range(len(schedule)):
             t_B = sampling.times(schedule, i, len(unit))
             out, base_out, known_B = guided.with_base(x, t_B, cond)
             passes_B += guided.passes(float(t_B[0]), len(unit))
+            corrector.update(schedule, i, out, base_out)
             stochastic = bool(schedule.std[i] > 0)
             if stochastic:
                 started = self._now()
@@ -199,7 +214,9 @@ class Evaluator:
                 kl_B += sampling.path_kl_step(schedule, i, out, base_out).cpu()
                 wasted += self._now() - started
             x = process.step(schedule, i, x, out, noise.step() if stochastic else None)
-        return x, kl_B if schedule.stochastic_steps() else None, passes_B, wasted
+            x = corrector.resample(x, last=i == len(schedule) - 1)
+        log_weight_B = corrector.log_weight_B if mode == RLG else None
+        return x, kl_B if schedule.stochastic_steps() else None, log_weight_B, passes_B, wasted
 
     def _origin(self) -> guidance.Predictor:
         return guidance.with_cfg(partial(self.policy.predict_as, _ORIGIN), self.negative, self.settings.cfg)

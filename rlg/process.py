@@ -47,6 +47,7 @@ class Schedule:
     """The reverse process, a row for each denoising step; fp32, shape (T,) unless said otherwise."""
 
     t: Tensor  # what the network is told
+    alpha: Tensor  # (T+1,) weight of x0 before each step, and after the last
     sigma: Tensor  # (T+1,) noise level before each step, and after the last
     a_x: Tensor
     a_out: Tensor
@@ -140,7 +141,7 @@ def _flow_schedule(config: Mapping[str, Any], steps: int, kernel: str, levels: T
         std = after * torch.sin(levels * math.pi / 2)
         a_x, a_out = _ancestral((1 - now, now), (1 - after, after), std, (-ones, ones))
     x0_x, x0_out, _, _ = _solve(1 - now, now, -ones, ones)
-    rows = (scheduler.timesteps, sigma, a_x, a_out, std, now - after, x0_x, x0_out)
+    rows = (scheduler.timesteps, 1 - sigma, sigma, a_x, a_out, std, now - after, x0_x, x0_out)
     return Schedule(*(row.float() for row in rows))
 
 
@@ -161,8 +162,8 @@ def _vp_schedule(config: Mapping[str, Any], levels: Tensor, kernel: str) -> Sche
     now, after = (A.sqrt(), (1 - A).sqrt()), (S.sqrt(), (1 - S).sqrt())
     a_x, a_out = _ancestral(now, after, std, targets)
     x0_x, x0_out, _, _ = _solve(*now, *targets)
-    sigma = torch.cat([now[1], after[1][-1:]])
-    rows = (times, sigma, a_x, a_out, std, torch.ones_like(std), x0_x, x0_out)
+    alpha, sigma = (torch.cat([before, last[-1:]]) for before, last in zip(now, after, strict=True))
+    rows = (times, alpha, sigma, a_x, a_out, std, torch.ones_like(std), x0_x, x0_out)
     return Schedule(*(row.float() for row in rows))
 
 
@@ -291,6 +292,19 @@ def kl(schedule: Schedule, i: int, out_BCHW: Tensor, reference_BCHW: Tensor, per
     gap = schedule.a_out[i] * (out_BCHW.float() - reference_BCHW.float())
     scale = float(schedule.dt[i]) if per_time else 1.0
     return _mean_d(gap**2) * scale / (2 * std**2)
+
+
+def tilt(schedule: Schedule, i: int, out_BCHW: Tensor, reference_BCHW: Tensor) -> Tensor:
+    """(B,) nats: 1/2 g^2 |score - score_ref|^2 dt over step i, as a sum over latent dimensions.
+
+    g is the forward process's own, whatever noise the kernel injects: with S = alpha^2 / (alpha^2 + sigma^2), in VP
+    terms abar, it is 1/2 |x0_hat - x0_hat_ref|^2 (S' - S) / (1 - S)^2. Over the step the gap of the scores is taken to
+    be what it is between two Gaussians of unit variance, which is finite at pure noise and at no noise.
+    """
+    alpha, sigma = schedule.alpha[i : i + 2], schedule.sigma[i : i + 2]
+    before, after = (alpha**2 / (alpha**2 + sigma**2)).tolist()
+    gap_B = (schedule.x0_out[i] * (out_BCHW.float() - reference_BCHW.float())).flatten(1).square().sum(dim=1)
+    return gap_B * (0.5 * (after - before) / (1 - before) ** 2)
 
 
 def _positive_std(schedule: Schedule, i: int) -> float:

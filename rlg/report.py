@@ -31,11 +31,17 @@ from PIL import Image
 from rlg.cli import Parser, fail_cleanly
 from rlg.stats import Row, read_rows, summarise
 
-MODE_NAMES = {"rlg": "guided (RLG)", "lora_scale": "LoRA × w", "tuned_2x_steps": "tuned, 2× steps"}
+MODE_NAMES = {
+    "rlg": "guided (RLG)",
+    "lora_scale": "LoRA × w",
+    "tuned_2x_steps": "tuned, 2× steps",
+    "corrected": "corrected",
+}
 MARKS = {
     "rlg": {"linestyle": "-", "marker": "o", "zorder": 3.2},
     "lora_scale": {"linestyle": (0, (4, 2)), "marker": "s", "markerfacecolor": "white", "zorder": 3.0},
     "tuned_2x_steps": {"linestyle": "none", "marker": "D", "zorder": 3.1},
+    "corrected": {"linestyle": (0, (1, 1.5)), "marker": "^", "zorder": 3.15},
 }
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito, safe for colour-blind eyes
 INK, MUTED, GRID, FALL = "#1d232b", "#6b7583", "#e3e7ec", "#b04a00"
@@ -70,9 +76,9 @@ class Run:
         return [point for point in self.summary["points"] if point["mode"] == mode]
 
     def curve(self, mode: str) -> list[dict[str, Any]]:
-        """The points of a mode's line; a LoRA scaled by 0 or 1 is the base or the tuned model, so it shares theirs."""
+        """The points of a mode's line; at w = 0 and 1 all are the base and the tuned model, and share their points."""
         points = self.points(mode)
-        if mode == "lora_scale" and points:
+        if mode in ("lora_scale", "corrected") and points:
             known = {point["w"] for point in points}
             points += [point for point in self.points("rlg") if point["w"] in {0, 1} - known]
         return sorted(points, key=lambda point: point["w"])
@@ -84,11 +90,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: `reward`, or the diversity if None, against `x` ("w" or "kl")."""
+    """One set of axes: `reward`, or the points' field if None, against `x` ("w" or "kl")."""
 
     title: str
     x: str
     reward: str | None
+    field: str = "diversity"
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,9 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     panels = [Panel(f"{name}  ({'trained' if trained else 'held out'})", "w", name) for name, trained in names]
     if any(point["kl"] is not None for point in points):
         panels += [Panel(f"{name}  against KL", "kl", name) for name, trained in names if trained]
-    if any(point["diversity"] is not None for point in points):
-        panels.append(Panel("diversity", "w", None))
+    for field, title in (("diversity", "diversity"), ("ess", "effective share of the claim's samples")):
+        if any(point[field] is not None for point in points):
+            panels.append(Panel(title, "w", None, field))
     return panels
 
 
@@ -181,7 +189,7 @@ def _measured(points: Iterable[Mapping[str, Any]], panel: Panel) -> NDArray[np.f
     """(P, 6): x, its low and high, y, its low and high, for the points that have both."""
     table = []
     for point in points:
-        held = (point, "diversity") if panel.reward is None else (point["rewards"].get(panel.reward), "mean")
+        held = (point, panel.field) if panel.reward is None else (point["rewards"].get(panel.reward), "mean")
         x, y = _interval(point, panel.x), _interval(*held)
         if x and y:
             table.append(x + y)

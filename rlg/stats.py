@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MODES = ("rlg", "lora_scale", "tuned_2x_steps")
+MODES = ("rlg", "lora_scale", "tuned_2x_steps", "corrected")
 SAMPLERS = ("ode", "sde", "cps")
+OPTIONAL = ("kl", "diversity", "log_weight")  # numbers that a row may lack
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Row:
     diversity: float | None
     nfe: int  # network evaluations spent on the image
     seconds: float
+    log_weight: float | None = None  # of the corrector, in nats, where guidance kept it; absent from older files
 
     @property
     def noise(self) -> tuple[int, int, int]:
@@ -62,6 +64,7 @@ class Row:
         """
         if not isinstance(record, dict):
             raise ValueError(f"expected an object, got {type(record).__name__}")
+        record = {"log_weight": None, **record}
         missing = [name for name in cls.__dataclass_fields__ if name not in record]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
@@ -75,7 +78,7 @@ class Row:
             w=float(f"{_number(record, 'w'):g}"),
             rewards={name: _number(record["rewards"], name) for name in record["rewards"]},
             seconds=_number(record, "seconds"),
-            **{name: None if record[name] is None else _number(record, name) for name in ("kl", "diversity")},
+            **{name: None if record[name] is None else _number(record, name) for name in OPTIONAL},
             **{name: _integer(record, name) for name in ("prompt_id", "k", "seed", "nfe")},
         )
 
@@ -278,6 +281,7 @@ def _point(rows: Sequence[Row], references: Mapping[str, Sequence[Row]]) -> dict
         "seconds_per_image": float(np.mean([row.seconds for row in rows])),
         **_named("kl", _known_mean(rows, "kl")),
         **_named("diversity", _known_mean(rows, "diversity")),
+        **_named("ess", effective_share(rows)),
         "rewards": {name: _reward(name, rows, pairs) for name in rows[0].rewards},
     }
 
@@ -297,6 +301,26 @@ def _reward(name: str, rows: Sequence[Row], pairs: Mapping[str, list[tuple[Row, 
 def _known_mean(rows: Sequence[Row], field: str) -> Estimate | None:
     known = [(getattr(row, field), row.prompt_id) for row in rows if getattr(row, field) is not None]
     return bootstrap_mean(*zip(*known, strict=True)) if known else None
+
+
+def effective_share(rows: Sequence[Row]) -> Estimate | None:
+    """Mean over prompts of (sum W)^2 / (K sum W^2), W the corrector's weights of a prompt's K images at one w.
+
+    1: guidance samples what w claims; 1/K: one image in K stands for all. None where weights are unknown or K is 1.
+    """
+    groups: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        if row.log_weight is not None:
+            groups[row.prompt_id, row.seed].append(row.log_weight)
+    shares = [(ess(weights), prompt) for (prompt, _), weights in groups.items() if len(weights) > 1]
+    return bootstrap_mean(*zip(*shares, strict=True)) if shares else None
+
+
+def ess(log_weight_K: ArrayLike) -> float:
+    """(sum W)^2 / (K sum W^2) of K log-weights: the effective share of a group."""
+    log_K = np.asarray(log_weight_K, dtype=np.float64)
+    weight_K = np.exp(log_K - log_K.max())
+    return float(weight_K.sum() ** 2 / (len(weight_K) * (weight_K**2).sum()))
 
 
 def _named(key: str, estimate: Estimate | None) -> dict[str, Any]:

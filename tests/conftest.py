@@ -28,12 +28,14 @@ from trainers.dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.nft import NFTConfig, NFTTrainer
 from trainers.online import OnlineTrainer
+from trainers.rwr import RWRConfig, RWRTrainer
 from trainers.spo import SPOConfig, SPOTrainer
 
 ONLINE = {
     "grpo": (GRPOConfig, GRPOTrainer),
     "nft": (NFTConfig, NFTTrainer),
     "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
+    "rwr": (RWRConfig, RWRTrainer),
     "spo": (SPOConfig, SPOTrainer),
 }
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue crosses", "three green squares")]

@@ -350,7 +350,7 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert "are not divisible by" in refused(training("--dry_run", "--per_device_batch_size", "3"))
 
 
-TRAINERS = ("grpo", "dpo", "spo", "nft")
+TRAINERS = ("grpo", "dpo", "spo", "nft", "rwr")
 CONFIGS = [file for folder in (*TRAINERS, "tiny") for file in sorted(ROOT.glob(f"configs/{folder}/*.yaml"))]
 
 

@@ -19,12 +19,11 @@ from rewards import RewardMix
 from rlg import evaluator as evaluation
 from rlg import process, sampling
 from rlg.eval_folder import Job, merge, prepare_folder
-from rlg.evaluator import LORA_SCALE, RLG, TWICE, EvalSettings, Evaluator, Images, diversity, plan
+from rlg.evaluator import CORRECTED, LORA_SCALE, RLG, TWICE, EvalSettings, Evaluator, Images, diversity, plan
 from rlg.guidance import with_cfg
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
-from rlg.stats import MODES
 
 PROMPTS = [Prompt("a red circle", {"tag": "colors"}), Prompt("two blue crosses"), Prompt("three green squares")]
 SETTINGS = EvalSettings(
@@ -70,7 +69,7 @@ def plain(policy: Policy, tuned: bool, unit: list[Job], steps: int = 2, cfg: flo
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16, 1000])
 def test_plan_makes_every_image_once(batch_size: int) -> None:
-    settings = replace(SETTINGS, modes=MODES, batch_size=batch_size)
+    settings = replace(SETTINGS, modes=(RLG, LORA_SCALE, TWICE), batch_size=batch_size)
     units = plan(settings, [4, 7, 9], set())
     made = [job for unit in units for job in unit]
     expected = {Job(p, k, w, RLG) for p in (4, 7, 9) for k in (0, 1) for w in (0.0, 0.5, 1.0, 2.0)}
@@ -365,3 +364,46 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
             prepare_folder(tmp_path, {"base": "b"}, overwrite)
     assert [f.name for f in tmp_path.iterdir()] == ["scores-of-my-students.jsonl"]
+
+
+# --- the corrector
+
+
+def test_guided_rows_carry_the_weights_and_the_others_none(policies: Callable[[str], Policy]) -> None:
+    judge = evaluator(policies("sd3"), scales=(0.0, 1.0, 2.0))
+    weights = {w: [row.log_weight for row, _ in judge.run(jobs(w))] for w in (0.0, 1.0, 2.0)}
+    assert weights[0.0] == weights[1.0] == [0.0] * 4
+    assert min(weights[2.0]) > 0 and len(set(weights[2.0])) == 4
+    for mode, w in ((TWICE, 1.0), (LORA_SCALE, 2.0), (CORRECTED, 2.0)):
+        assert [row.log_weight for row, _ in judge.run(jobs(w, mode))] == [None] * 4
+
+
+def test_weights_between_base_and_tuned_are_negative(policies: Callable[[str], Policy]) -> None:
+    rows = [row for row, _ in evaluator(policies("sd")).run(jobs(0.5))]
+    assert max(row.log_weight for row in rows) < 0
+
+
+@pytest.mark.parametrize("sampler", ["sde", "ode"])
+def test_corrected_images_are_guided_ones_of_the_heavier_paths(
+    sampler: str, policies: Callable[[str], Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = evaluator(policies("sd3"), k=4, sampler=sampler)
+    guided = [image for _, image in judge.run(jobs(2.0, RLG, k=4))]
+    monkeypatch.setattr(evaluation, "RESAMPLE_BELOW", 1e-9)  # at the last step alone
+    corrected = [image for _, image in judge.run(jobs(2.0, CORRECTED, k=4))]
+    sources = [[torch.equal(image, other) for other in guided].index(True) for image in corrected]
+    assert all(source // 4 == i // 4 for i, source in enumerate(sources))  # within the prompt
+    weights = torch.tensor([row.log_weight for row, _ in judge.run(jobs(2.0, RLG, k=4))])
+    for prompt in range(2):
+        share = 4 * weights[4 * prompt :][:4].softmax(dim=0)
+        counts = torch.bincount(torch.tensor(sources[4 * prompt :][:4]) - 4 * prompt, minlength=4)
+        assert bool(((counts - share).abs() < 1).all())
+
+
+def test_corrected_units_keep_a_prompts_images_in_one_batch() -> None:
+    settings = replace(SETTINGS, modes=(CORRECTED,), batch_size=5)
+    units = plan(settings, range(3), set())
+    assert {job.w for unit in units for job in unit} == {0.5, 2.0}
+    assert all(len({job.w for job in unit}) == 1 and len(unit) <= 5 for unit in units)
+    with pytest.raises(ValueError, match="raise --batch_size"):
+        replace(settings, k=6)

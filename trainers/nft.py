@@ -21,16 +21,14 @@ Deviations from the paper and the official code
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rlg import process
 from rlg.backbones import Conditioning
-from rlg.process import Process
 from trainers import common
-from trainers.online import OnlineConfig, OnlineTrainer, Samples
+from trainers.online import DenoisingTrainer, OnlineConfig, Samples
 
 OLD = "old"  # the adapter that samples
 
@@ -82,17 +80,12 @@ def _relative_error(estimate_BCHW: Tensor, x0_BCHW: Tensor) -> Tensor:
     return error_BD.square().mean(dim=1) / error_BD.detach().abs().mean(dim=1).clamp(min=1e-5)
 
 
-class NFTTrainer(OnlineTrainer):
+class NFTTrainer(DenoisingTrainer):
     """Sample with the old policy, score, fit the trained one; see the module's docstring."""
 
     shown = ("reward", "loss", "kl", "seconds_per_image")
     copies = (OLD,)
     config: NFTConfig
-
-    @cached_property
-    def process(self) -> Process:
-        """The base's own noising."""
-        return self.policy.process()
 
     def old(self, x: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The output of the policy that samples."""
@@ -104,30 +97,16 @@ class NFTTrainer(OnlineTrainer):
 
     def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
         """All optimizer steps of the iteration, and the old policy's step after the trained one."""
-        config = self.config
-        r = optimality(advantage_B, config.advantage_clip).split(config.per_device_batch_size)
-        self.begin_updates(len(samples.latents) // config.num_updates * config.num_train_steps)
-        rank = self.accelerator.process_index
-        generator = torch.Generator().manual_seed((self.iteration_seed() * 1009 + rank) * 2 + 1)
-        collected: list[dict[str, Tensor]] = []
-        for b in self.batch_order(len(samples.latents)):
-            for _ in range(config.num_train_steps):
-                with self.accelerator.accumulate(self.policy.wrapped):
-                    loss, metrics = self.loss(samples.latents[b], samples.conds[b], r[b], generator)
-                    self.backward(loss, metrics)
-                collected.append(metrics)
-        self._follow(config.old_decay(self.state.step))
-        return self.mean_metrics(collected)
+        metrics = super().update(samples, advantage_B)
+        self._follow(self.config.old_decay(self.state.step))
+        return metrics
 
     def loss(
-        self, x0_BCHW: Tensor, cond: Conditioning, r_B: Tensor, generator: torch.Generator
+        self, x0_BCHW: Tensor, cond: Conditioning, advantage_B: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch at one random noise level a sample."""
         config = self.config
-        rows_B = process.sample_t(self.process, len(x0_BCHW), generator)
-        noise = torch.randn(x0_BCHW.shape, generator=generator).to(x0_BCHW.device)
-        x_t, _ = process.noise(self.process, rows_B, x0_BCHW, noise)
-        t_B = self.process.time[rows_B].to(x_t.device)
+        rows_B, t_B, x_t, _ = self.noised(x0_BCHW, generator)
         with self.accelerator.autocast():
             with torch.no_grad():
                 old = self.old(x_t, t_B, cond).float()
@@ -135,6 +114,7 @@ class NFTTrainer(OnlineTrainer):
             out = self.policy.predict(x_t, t_B, cond).float()
         change = config.nft_beta * (out - old)
         plus, minus = (process.clean(self.process, rows_B, x_t, old + sign * change) for sign in (1, -1))
+        r_B = optimality(advantage_B, config.advantage_clip)
         loss, metrics = nft_loss(x0_BCHW, plus, minus, r_B, config.nft_beta, config.advantage_clip)
         metrics["old_distance"] = (out - old).square().mean().detach()
         if reference is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from rewards import RewardMix
 from rewards.background import EarlyScores
-from rlg import sampling
+from rlg import process, sampling
 from rlg.backbones import Conditioning
 from rlg.guidance import Predictor, with_cfg
+from rlg.process import Process
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
 from trainers import common
@@ -245,19 +247,13 @@ class OnlineTrainer(Trainer):
 
     def score(self, samples: Scored) -> tuple[Tensor, dict[str, float]]:
         """(advantages of this process's samples, metrics over all processes)."""
-        config, accelerator = self.config, self.accelerator
+        accelerator = self.accelerator
         scorer = samples.early.finish if samples.early else self.reward
         scores = scorer(samples.images_B3HW, *self._texts(samples.prompt_B))
         group_B = accelerator.gather(samples.prompt_B.to(accelerator.device)).cpu()
         total_B = accelerator.gather(scores.total_B.to(accelerator.device)).cpu().double()
         parts = {n: accelerator.gather(s.to(accelerator.device)).cpu().double() for n, s in scores.parts.items()}
-        if config.reward_aggregation == "advantage":  # MixGRPO: each reward normalised on its own, then mixed
-            advantage_B = sum(
-                w * group_advantages(parts[n], group_B, config.scale_rewards, config.advantage_clip)
-                for n, w in zip(self.reward.names, self.reward.weights, strict=True)
-            )
-        else:
-            advantage_B = group_advantages(total_B, group_B, config.scale_rewards, config.advantage_clip)
+        advantage_B = self.advantages(total_B, parts, group_B)
         spread_G = [float(total_B[group_B == g].std(unbiased=False)) for g in group_B.unique()]
         metrics = {"reward": float(total_B.mean()), "reward_std": float(total_B.std(unbiased=False))}
         metrics |= {f"reward/{name}": float(part.mean()) for name, part in parts.items()}
@@ -267,10 +263,61 @@ class OnlineTrainer(Trainer):
         start = accelerator.process_index * local
         return advantage_B[start : start + local].float().to(accelerator.device), metrics
 
+    def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
+        """(B,) what each sample of all processes counts for, from its reward, the rewards in it, and its group."""
+        config = self.config
+        if config.reward_aggregation == "advantage":  # MixGRPO: each reward normalised on its own, then mixed
+            return sum(
+                w * group_advantages(parts[n], group_B, config.scale_rewards, config.advantage_clip)
+                for n, w in zip(self.reward.names, self.reward.weights, strict=True)
+            )
+        return group_advantages(total_B, group_B, config.scale_rewards, config.advantage_clip)
+
     def batch_order(self, count: int, epoch: int = 0) -> list[int]:
         """The order in which a pass over the batches takes them."""
         generator = torch.Generator().manual_seed(self.iteration_seed() + 7919 * (epoch + 1))
         return torch.randperm(count, generator=generator).tolist()
+
+
+class DenoisingTrainer(OnlineTrainer):
+    """Fits samples at random noise levels, as pretraining does, each counting for its reward.
+
+    An algorithm adds `rollout`, `loss` and, in its config, `num_train_steps`: the noise levels of a sample.
+    """
+
+    @cached_property
+    def process(self) -> Process:
+        """The base's own noising."""
+        return self.policy.process()
+
+    def loss(
+        self, x0_BCHW: Tensor, cond: Conditioning, advantage_B: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of a batch at one random noise level a sample."""
+        raise NotImplementedError
+
+    def noised(self, x0_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(rows of the noising, the network's time, x_t, training target), at one random noise level a sample."""
+        rows_B = process.sample_t(self.process, len(x0_BCHW), generator)
+        noise = torch.randn(x0_BCHW.shape, generator=generator).to(x0_BCHW.device)
+        x_t, target = process.noise(self.process, rows_B, x0_BCHW, noise)
+        return rows_B, self.process.time[rows_B].to(x_t.device), x_t, target
+
+    def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
+        """All optimizer steps of the iteration; returns mean metrics."""
+        config = self.config
+        advantages = advantage_B.split(config.per_device_batch_size)
+        self.begin_updates(len(samples.latents) // config.num_updates * config.num_train_steps)
+        rank = self.accelerator.process_index
+        generator = torch.Generator().manual_seed((self.iteration_seed() * 1009 + rank) * 2 + 1)
+        collected: list[dict[str, Tensor]] = []
+        for b in self.batch_order(len(samples.latents)):
+            for _ in range(config.num_train_steps):
+                with self.accelerator.accumulate(self.policy.wrapped):
+                    loss, metrics = self.loss(samples.latents[b], samples.conds[b], advantages[b], generator)
+                    self.backward(loss, metrics)
+                collected.append(metrics)
+        return self.mean_metrics(collected)
 
 
 def start(config_type: type[OnlineConfig], trainer_type: type[OnlineTrainer], build: Callable[..., RewardMix]) -> None:

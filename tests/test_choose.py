@@ -1,0 +1,89 @@
+"""Choosing w: the bisection, what each goal measures, and the command that chooses and records it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlg import evaluate
+from rlg.choose import LARGEST, Goal, bisect, choose
+from rlg.stats import Row, read_rows
+
+
+def row(w: float, prompt: int = 0, k: int = 0, **changes: object) -> Row:
+    fields = {"rewards": {"fit": w}, "kl": w**2, "diversity": None, "nfe": 1, "seconds": 0.0, "log_weight": 0.0}
+    return Row(prompt, "a", None, k, 0, w, "sde", "rlg", **(fields | changes))
+
+
+@pytest.mark.parametrize("answer", [0.0, 0.37, 1.0, 2.5, 7.9])
+def test_bisection_finds_where_a_rising_function_reaches_its_bound(answer: float) -> None:
+    asked: list[float] = []
+    found = bisect(lambda w: asked.append(w) or w**3, answer**3, start=0.0)
+    assert answer - 0.02 <= found <= answer
+    assert len(asked) < 14 and len(set(asked)) == len(asked)
+
+
+def test_a_bound_that_is_never_or_always_met_is_an_error() -> None:
+    with pytest.raises(ValueError, match=f"at w = {LARGEST:g} it is"):
+        bisect(lambda w: w, 100.0, start=0.0)
+    with pytest.raises(ValueError, match=r"at w = 1 it is 0\.2 already"):
+        bisect(lambda w: -0.2, -0.5, start=1.0)
+
+
+@pytest.mark.parametrize(
+    ("goal", "expected"),
+    [(Goal("kl_budget", 4.0), 2.0), (Goal("target_reward", 1.5), 1.5), (Goal("min_ess", 0.7), 2.567)],
+)
+def test_each_goal_reads_its_own_column(goal: Goal, expected: float) -> None:
+    """Two images of weights 1 and e^(w-1): their effective share is (1 + e)^2 / (2 (1 + e^2)) with e of w - 1."""
+
+    def rows_at(w: float) -> list[Row]:
+        return [row(w, k=0), row(w, k=1, log_weight=w - 1)]
+
+    assert choose(goal, rows_at, "fit") == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("kl_budget", 0.0, "must be positive"), ("min_ess", 1.0, "between 0 and 1"), ("min_ess", 0.0, "between 0 and 1")],
+)
+def test_impossible_goals_are_refused(option: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Goal(option, value)
+
+
+def test_goals_that_the_rows_do_not_know_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="--kl_budget 1: --kl_budget needs a stochastic sampler"):
+        choose(Goal("kl_budget", 1.0), lambda w: [row(w, kl=None)], "fit")
+    with pytest.raises(ValueError, match="--k must be at least 2"):
+        choose(Goal("min_ess", 0.5), lambda w: [row(w)], "fit")
+
+
+def test_the_command_chooses_w_and_says_so(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo blue crosses\nthree green squares\n")
+    shared = ["--prompts", str(prompts), "--k", "2", "--steps", "2", "--cfg", "1", "--images", "0", "--modes", "rlg"]
+    arguments = ["--ckpt", str(tiny_checkpoint("sd3")), "--rewards", "jpeg_compressibility", *shared]
+    folder = tmp_path / "eval"
+    evaluate.main([*arguments, "--sampler", "sde", "--scales", "1", "2", "--output", str(tmp_path / "plain")])
+    kl = {w: [r.kl for r in read_rows(tmp_path / "plain" / "scores.jsonl") if r.w == w] for w in (1.0, 2.0)}
+    low, high = (sum(values) / len(values) for values in kl.values())
+    budget = (low + high) / 2
+    evaluate.main([*arguments, "--sampler", "sde", "--kl_budget", str(budget), "--output", str(folder)])
+    meta = json.loads((folder / "meta.json").read_text())
+    w = meta["chosen"]["w"]
+    assert 1 < w < 2 and meta["chosen"]["option"] == "kl_budget"
+    assert f"w = {w:g}, by 3 prompts" in capsys.readouterr().err
+    rows = read_rows(folder / "scores.jsonl")
+    assert {r.w for r in rows} == {0.0, 1.0, w}
+    spent = [r.kl for r in rows if r.w == w]
+    assert 0.9 * budget < sum(spent) / len(spent) <= budget
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*arguments, "--sampler", "ode", "--kl_budget", "1", "--output", str(tmp_path / "ode")])
+    assert stopped.value.code == 2 and "needs a stochastic sampler" in capsys.readouterr().err
+    assert not (tmp_path / "ode").exists()

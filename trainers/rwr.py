@@ -1,0 +1,88 @@
+"""Reward-weighted regression: a direct fit to p_base exp(R / beta), whose KL coefficient is known.
+
+    L = E_prompt E_group[ W |out(x_t) - target|^2 ],   W = K exp(R / beta) / sum_group exp(R / beta)
+
+x0 are K samples of the base a prompt, by its own sampler; the target is that of pretraining, at random noise levels.
+The minimum is the denoiser of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so
+that beta means what it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal,
+2007; Lee et al., arXiv 2302.12192, for diffusion.) With `on_policy` the samples are the trained model's own, and each
+round tilts once more: expert iteration, after which beta is known no longer.
+
+1. W is normalised within the group: with K samples it is biased towards equal weights, the less the larger the
+   effective share of the group, which is logged as `ess`.
+2. Rewards are not scaled, and `scale_rewards` and `advantage_clip` have no part in it.
+
+    accelerate launch train_rwr.py --config configs/equivalence/rwr_sd3_compressibility.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlg.backbones import Conditioning
+from trainers import common
+from trainers.online import DenoisingTrainer, OnlineConfig, Samples
+
+
+@dataclass(kw_only=True)
+class RWRConfig(OnlineConfig):
+    """Options of reward-weighted regression."""
+
+    beta: float = field(default=0.1, metadata={"help": "KL coefficient: samples count for exp(reward / beta)"})
+    num_train_steps: int = field(default=4, metadata={"help": "noise levels that each sample is trained at"})
+    on_policy: bool = field(default=False, metadata={"help": "samples of the trained model instead of the base"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require_positive(self, "beta", "num_train_steps")
+
+
+def tilted_weights(reward_B: Tensor, group_B: Tensor, beta: float) -> Tensor:
+    """(B,) exp(reward / beta), over its mean in the sample's group."""
+    _, index_B = torch.unique(group_B, return_inverse=True)
+    count_G = torch.bincount(index_B)
+    best_G = torch.full((len(count_G),), -torch.inf, dtype=reward_B.dtype)
+    best_G = best_G.scatter_reduce(0, index_B, reward_B, "amax")
+    weight_B = ((reward_B - best_G[index_B]) / beta).exp()
+    total_G = torch.zeros_like(best_G).index_add_(0, index_B, weight_B)
+    return weight_B * count_G[index_B] / total_G[index_B]
+
+
+def rwr_loss(out_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted mean squared error of the network's output, and its metrics."""
+    error_B = (out_BCHW - target_BCHW).square().flatten(1).mean(dim=1)
+    loss = (weight_B * error_B).mean()
+    return loss, {"loss": loss.detach(), "error": error_B.detach().mean()}
+
+
+class RWRTrainer(DenoisingTrainer):
+    """Sample the base, weigh, fit; see the module's docstring."""
+
+    shown = ("reward", "loss", "ess", "seconds_per_image")
+    config: RWRConfig
+
+    def rollout(self) -> Samples:
+        """Sample this process's share of the iteration."""
+        policy = self.tuned if self.config.on_policy else self.reference
+        return self.sample_groups(policy, self.parts(torch.Generator().manual_seed(self.iteration_seed())))
+
+    def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
+        """(B,) weights, 1 on average."""
+        return tilted_weights(total_B, group_B, self.config.beta)
+
+    def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
+        """All optimizer steps of the iteration; returns mean metrics."""
+        share = advantage_B.double().mean() ** 2 / advantage_B.double().square().mean()
+        return super().update(samples, advantage_B) | {"ess": float(share)}
+
+    def loss(
+        self, x0_BCHW: Tensor, cond: Conditioning, advantage_B: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch at one random noise level a sample."""
+        _, t_B, x_t, target = self.noised(x0_BCHW, generator)
+        with self.accelerator.autocast():
+            out = self.policy.predict(x_t, t_B, cond).float()
+        return rwr_loss(out, target, advantage_B)
