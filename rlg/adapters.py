@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,24 @@ def active(network: nn.Module, name: str) -> Iterator[None]:
     """Within, the network's LoRA layers use their adapter of this name."""
     with _switched(network, "_active_adapter", [name]):
         yield
+
+
+@contextmanager
+def mixed(network: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """Within, each LoRA layer adds the weighted sum of its adapters' updates: one pass with the merged dense weights.
+
+    Ranks, alphas and layers may differ. To average the factors instead would be another update, with cross terms.
+    """
+    layers = lora_layers(network)
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: w * layer.scaling[name] for name, w in weights.items() if name in layer.scaling})
+    try:
+        with _switched(network, "_active_adapter", list(weights)):
+            yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 @contextmanager
@@ -174,8 +193,8 @@ def _read_config(file: Path) -> LoraConfig:
     return config
 
 
-def load(pipe: Any, denoiser_name: str, path: str | Path) -> AdapterFile:
-    """Attach an adapter to a pipeline's network, or leave it as it was.
+def load(pipe: Any, denoiser_name: str, path: str | Path, name: str = NAME) -> AdapterFile:
+    """Attach an adapter to a pipeline's network, or leave it as it was; under another name, beside the ones there.
 
     Raises ValueError if the adapter does not belong to this network, or the network carries one already.
     """
@@ -183,15 +202,17 @@ def load(pipe: Any, denoiser_name: str, path: str | Path) -> AdapterFile:
     network = getattr(pipe, denoiser_name)
     if not isinstance(network, PeftAdapterMixin):
         raise ValueError(f"diffusers' {type(network).__name__} takes no LoRA")
-    if lora_layers(network):
+    if lora_layers(network) if name == NAME else _carries(network, name):
         raise ValueError(f"the {denoiser_name} already carries a LoRA; call pipe.unload_lora_weights() first")
     adapter = _from_kohya(pipe, denoiser_name, adapter)
     check_fit(network, adapter)
     attach = _attach_diffusers_file if adapter.config is None else _attach_peft
     try:
-        attach(pipe, network, adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is what is asked for
+            attach(pipe, network, adapter, name)
     except Exception as error:  # whatever diffusers and PEFT raise over a config that they cannot use
-        network.unload_lora()
+        network.unload_lora() if name == NAME else network.delete_adapters(name)
         reason = textwrap.shorten(str(error), 240)
         raise ValueError(f"{adapter.path} does not fit this base model: {reason}") from error
     return adapter
@@ -202,12 +223,18 @@ def lora_layers(module: nn.Module) -> list[BaseTunerLayer]:
     return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
 
 
-def to_float32(network: nn.Module, adapter: AdapterFile) -> None:
+def _carries(network: nn.Module, name: str) -> bool:
+    return any(name in layer.scaling for layer in lora_layers(network))
+
+
+def to_float32(network: nn.Module, adapter: AdapterFile, adapter_name: str = NAME) -> None:
     """Hold a loaded adapter in fp32, with the values of its file: loading rounds them to the precision of the base."""
     on_disk = {key.partition(".")[2] if adapter.config is None else key: t for key, t in adapter.tensors.items()}
     for name, parameter in network.named_parameters():
-        if ".lora_" in name:
-            value = on_disk.get(name.replace(f".{NAME}.", "."), parameter.data)  # other trainers' names: as loaded
+        if ".lora_" in name and f".{adapter_name}." in name:
+            value = on_disk.get(
+                name.replace(f".{adapter_name}.", "."), parameter.data
+            )  # other trainers' names: as loaded
             parameter.data = value.to(parameter.device, torch.float32)
 
 
@@ -261,7 +288,7 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
         module, _, kind = name.partition(".lora_")
         if prefix not in ("", *DENOISERS) or kind not in ("A.weight", "B.weight"):
             continue  # a text encoder's, or the naming of another trainer: for diffusers to judge
-        weight = weights.get(f"{module}.weight")
+        weight = weights.get(f"{module}.weight", weights.get(f"{module}.base_layer.weight"))  # another adapter's layer
         axis = 0 if kind.startswith("B") else 1
         if weight is None or tensor.shape[axis] != weight.shape[axis]:
             found = "no such layer" if weight is None else f"{tuple(weight.shape)} against {tuple(tensor.shape)}"
@@ -271,26 +298,26 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
             raise ValueError(f"{misfit}: no weights for {partner}")
 
 
-def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
+def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile, name: str) -> None:
     adapter.config.inference_mode = False
-    network.add_adapter(adapter.config, NAME)
-    result = set_peft_model_state_dict(network, adapter.tensors)
-    missing = [key for key in result.missing_keys if ".lora_" in key]
+    network.add_adapter(adapter.config, name)
+    result = set_peft_model_state_dict(network, adapter.tensors, adapter_name=name)
+    missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:
         wrong = f"no weights for {missing[0]}" if missing else f"no place for {result.unexpected_keys[0]}"
         raise ValueError(f"{PEFT_CONFIG} and the weights disagree: {wrong}")
 
 
-def _attach_diffusers_file(pipe: Any, network: nn.Module, adapter: AdapterFile) -> None:
+def _attach_diffusers_file(pipe: Any, network: nn.Module, adapter: AdapterFile, name: str) -> None:
     if adapter.converted:
-        pipe.load_lora_weights(dict(adapter.tensors), adapter_name=NAME)
+        pipe.load_lora_weights(dict(adapter.tensors), adapter_name=name)
     else:  # from the file, whose header may hold alpha
-        options = {"weight_name": adapter.path.name, "adapter_name": NAME, "use_safetensors": True}
+        options = {"weight_name": adapter.path.name, "adapter_name": name, "use_safetensors": True}
         pipe.load_lora_weights(str(adapter.path.parent), **options)
-    if not lora_layers(network):
+    if not _carries(network, name):
         raise ValueError(f"it holds no LoRA of the denoiser (first key: {next(iter(adapter.tensors), '')!r})")
-    others = [name for name, m in pipe.components.items() if isinstance(m, nn.Module) and m is not network]
-    also = [name for name in others if lora_layers(getattr(pipe, name))]
+    others = [part for part, m in pipe.components.items() if isinstance(m, nn.Module) and m is not network]
+    also = [part for part in others if lora_layers(getattr(pipe, part))]
     if also:
-        pipe.unload_lora_weights()
+        pipe.unload_lora_weights() if name == NAME else pipe.delete_adapters(name)
         raise ValueError(f"it also changes the {also[0]}{_NOT_SWITCHED}")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from rlg import guidance, process, sampling
 from rlg.backbones import Conditioning
 from rlg.corrector import Corrector
-from rlg.report import INK, MUTED, PALETTE, STYLE
+from rlg.style import INK, MUTED, PALETTE, STYLE
 from rlg.toy import MEMORYLESS, PROCESSES, Mixture, Moments, ToyNoise, measured, tilted
 
 GROUPS = 20  # samples are resampled within groups, and standard errors are taken between them

@@ -4,8 +4,9 @@ Base and adapter-enabled passes run on one network (a full fine-tuned network is
 batch; w = 0 and w = 1 take one pass. Noise is a function of (seed, prompt, k), so all scales, modes and later runs are
 paired. Beside the sweep (mode "rlg") it runs the two baselines that cost the same or less: the tuned model with twice
 the steps ("tuned_2x_steps", equal network evaluations) and the LoRA scaled by w ("lora_scale", one pass; a full
-network has none). Where it is asked for, mode "corrected" resamples a prompt's images towards base^(1-w) tuned^w
-(`rlg.corrector`); the weights that it would go by are in every guided row, as `log_weight`.
+network has none). If asked, "rlg_ls" draws base or tuned model at every step (`rlg.blend.one_at_a_time`, one pass),
+and "corrected" resamples a prompt's images towards base^(1-w) tuned^w (`rlg.corrector`); the weights that it would go
+by are in every guided row, as `log_weight`.
 
 The work is cut into units (a few prompts, all their images, all scales) whose batches do not depend on the number of
 processes; each process takes every n-th unit and appends its rows to a file of its own. Path KL is in nats, by
@@ -21,20 +22,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from rewards import RewardMix
-from rlg import adapters, guidance, process, sampling
+from rlg import adapters, blend, guidance, process, sampling
 from rlg.corrector import RESAMPLE_BELOW, Corrector
 from rlg.eval_folder import IMAGES, ROWS, Job, job_of, read, save_images
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
-from rlg.stats import MODES, Row
+from rlg.stats import MODES, RLG_LS, Row
 
 RLG, LORA_SCALE, TWICE, CORRECTED = MODES
 _ORIGIN = "origin"  # name of the adapter that guidance starts from, in the network
@@ -57,18 +58,39 @@ class EvalSettings:
     batch_size: int  # images a batch
     origin: str | None = None  # file of an adapter that guidance starts from instead of the base
 
+    known: ClassVar[tuple[str, ...]] = (*MODES, RLG_LS)
+
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(w) for w in self.scales):
             raise ValueError(f"--scales must be finite numbers, got {list(self.scales)}")
-        unknown = sorted(set(self.modes) - set(MODES))
+        unknown = sorted(set(self.modes) - set(self.known))
         if unknown:
-            raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
+            raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(self.known)}")
         if min(self.k, self.steps, self.batch_size) < 1:
             raise ValueError("--k, --steps and --batch_size must be at least 1")
         if CORRECTED in self.modes and self.k > self.batch_size:
             raise ValueError(
                 f"mode {CORRECTED} resamples the {self.k} images of a prompt together; raise --batch_size to that"
             )
+        if RLG_LS in self.modes:
+            blend.check_drawn(RLG_LS, [(w,) for w in self.scales], self.sampler, self.level)
+
+    def shows(self, job: Job) -> bool:
+        """Whether a job is a stop of the report's slider, so that its image may be kept."""
+        return job.mode == RLG
+
+    def sweeps(self) -> Iterator[tuple[str, tuple[float, ...]]]:
+        """(mode, the w that may share a batch)."""
+        if RLG in self.modes:
+            yield RLG, self.scales
+        if TWICE in self.modes:
+            yield TWICE, (1.0,)
+        between = tuple(w for w in self.scales if w not in (0.0, 1.0))
+        for mode in (LORA_SCALE, CORRECTED):
+            if mode in self.modes:
+                yield from ((mode, (w,)) for w in between)
+        if RLG_LS in self.modes and between:
+            yield RLG_LS, between
 
 
 @dataclass(frozen=True)
@@ -89,28 +111,18 @@ class Images:
 
 
 def plan(settings: EvalSettings, prompt_ids: Sequence[int], done: set[Job]) -> list[list[Job]]:
-    """Units of work of one mode each (and of one w for `lora_scale` and `corrected`), without what is done.
+    """Units of work of one mode each (and of one w where the weights change with it), without what is done.
 
     A prompt's images at one w stay together, as diversity compares them: unless all are there, all are made.
     """
     units: list[list[Job]] = []
-    for mode, scales in _sweeps(settings):
+    for mode, scales in settings.sweeps():
         chunk = max(1, settings.batch_size // (settings.k * len(scales)))
         for start in range(0, len(prompt_ids), chunk):
             ids = prompt_ids[start : start + chunk]
             unit = [Job(p, k, w, mode) for p in ids for w in scales for k in range(settings.k)]
             units.append([job for job in unit if any(replace(job, k=k) not in done for k in range(settings.k))])
     return [unit for unit in units if unit]
-
-
-def _sweeps(settings: EvalSettings) -> Iterator[tuple[str, tuple[float, ...]]]:
-    if RLG in settings.modes:
-        yield RLG, settings.scales
-    if TWICE in settings.modes:
-        yield TWICE, (1.0,)
-    for mode in (LORA_SCALE, CORRECTED):
-        if mode in settings.modes:
-            yield from ((mode, (w,)) for w in settings.scales if w not in (0.0, 1.0))
 
 
 def modes_of(chosen: Sequence[str] | None, full: bool) -> tuple[str, ...]:
@@ -132,6 +144,7 @@ class Evaluator:
             policy.load_frozen_copy(_ORIGIN, Path(settings.origin))
         self.policy, self.reward, self.prompts, self.settings = policy, reward, prompts, settings
         self.negative = policy.encode([""])
+        self.base = self.with_cfg(policy.reference)
         self.shape = policy.latent_shape(settings.resolution)
         policy.schedule(settings.steps, settings.sampler, settings.level)  # refused now rather than at the first batch
 
@@ -169,10 +182,9 @@ class Evaluator:
         mode, settings = unit[0].mode, self.settings
         steps = settings.steps * (2 if mode == TWICE else 1)
         schedule = self.policy.schedule(steps, settings.sampler, settings.level)
-        weights_B = torch.tensor([job.w if mode in (RLG, CORRECTED) else 1.0 for job in unit])
         with adapters.scaled(self.policy.network, unit[0].w if mode == LORA_SCALE else 1.0):
             started = self._now()
-            latents, kl_B, log_weight_B, passes_B, wasted = self._sample(unit, schedule, weights_B)
+            latents, kl_B, log_weight_B, passes_B, wasted = self._sample(unit, schedule)
             pixels = self.policy.decode(latents).cpu()
             seconds = self._now() - started - wasted
         nfe_B = passes_B * (2 if settings.cfg != 1.0 else 1)
@@ -183,20 +195,32 @@ class Evaluator:
             torch.cuda.synchronize(self.policy.device)  # else one would time the launching of kernels
         return time.perf_counter()
 
+    def guided(self, unit: Sequence[Job], schedule: process.Schedule) -> guidance.Guided:
+        """What predicts the outputs of a batch of jobs of one mode."""
+        mode, tuned = unit[0].mode, self.with_cfg(self.policy.predict)
+        origin = self.base
+        if self.settings.origin is not None:
+            origin = self.with_cfg(partial(self.policy.predict_as, _ORIGIN))
+        w_B = torch.tensor([job.w for job in unit]) if mode in (RLG, RLG_LS, CORRECTED) else torch.ones(len(unit))
+        (weight,) = blend.one_at_a_time(w_B[:, None], schedule, self.ids(unit)) if mode == RLG_LS else (w_B,)
+        return guidance.rlg(origin, tuned, weight)
+
+    def with_cfg(self, predict: guidance.Predictor) -> guidance.Predictor:
+        """A predictor under this evaluation's classifier-free guidance."""
+        return guidance.with_cfg(predict, self.negative, self.settings.cfg)
+
+    def ids(self, unit: Sequence[Job]) -> list[SampleId]:
+        """What the noise of each job depends on."""
+        return [SampleId(self.settings.seed, job.prompt_id, job.k) for job in unit]
+
     def _sample(
-        self, unit: Sequence[Job], schedule: process.Schedule, weights_B: Tensor
+        self, unit: Sequence[Job], schedule: process.Schedule
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, float]:
         """(latents, path KL, log-weights, network passes, seconds spent on nothing but the KL)."""
-        settings, policy, mode = self.settings, self.policy, unit[0].mode
-        base = guidance.with_cfg(policy.reference, self.negative, settings.cfg)
-        tuned = guidance.with_cfg(policy.predict, self.negative, settings.cfg)
         cond = self._conditioning(unit)
-        ids = [SampleId(settings.seed, job.prompt_id, job.k) for job in unit]
-        noise = SampleNoise(ids, self.shape, policy.device)
-        origin = base if settings.origin is None else self._origin()
-        guided = guidance.rlg(origin, tuned, weights_B)
-        threshold = RESAMPLE_BELOW if mode == CORRECTED else 0.0
-        corrector = Corrector(weights_B, [(job.prompt_id, job.w) for job in unit], threshold, settings.seed)
+        noise = SampleNoise(self.ids(unit), self.shape, self.policy.device)
+        base, guided = self.base, self.guided(unit, schedule)
+        corrector = self._corrector(unit)
         x, kl_B, passes_B = noise.initial(), torch.zeros(len(unit)), torch.zeros(len(unit), dtype=torch.long)
         wasted = 0.0
         for i in range(len(schedule)):
@@ -207,7 +231,7 @@ class Evaluator:
             stochastic = bool(schedule.std[i] > 0)
             if stochastic:
                 started = self._now()
-                if origin is not base:
+                if guided.base is not base:
                     base_out, known_B = torch.zeros_like(out), torch.zeros_like(known_B)
                 if not bool(known_B.all()):  # w = 1 skips the base, which the KL needs: an extra pass, off the clock
                     base_out = base_out + guidance.on_rows(base, ~known_B, x, t_B, cond)
@@ -215,11 +239,14 @@ class Evaluator:
                 wasted += self._now() - started
             x = process.step(schedule, i, x, out, noise.step() if stochastic else None)
             x = corrector.resample(x, last=i == len(schedule) - 1)
-        log_weight_B = corrector.log_weight_B if mode == RLG else None
+        log_weight_B = corrector.log_weight_B if unit[0].mode == RLG else None
         return x, kl_B if schedule.stochastic_steps() else None, log_weight_B, passes_B, wasted
 
-    def _origin(self) -> guidance.Predictor:
-        return guidance.with_cfg(partial(self.policy.predict_as, _ORIGIN), self.negative, self.settings.cfg)
+    def _corrector(self, unit: Sequence[Job]) -> Corrector:
+        mode = unit[0].mode
+        w_B = torch.tensor([job.w if mode in (RLG, CORRECTED) else 1.0 for job in unit])
+        groups = [(job.prompt_id, job.w) for job in unit]
+        return Corrector(w_B, groups, RESAMPLE_BELOW if mode == CORRECTED else 0.0, self.settings.seed)
 
     def _conditioning(self, unit: Sequence[Job]) -> Any:
         texts = [self.prompts[job.prompt_id].text for job in unit]

@@ -23,7 +23,7 @@ from torch import Tensor
 from rlg.backbones import Conditioning
 
 Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
-Weight = float | Tensor | Callable[[float], float]  # a number, one per sample (B,), or a function of the network's t
+Weight = float | Tensor | Callable[[float], float | Tensor]  # a number, one per sample (B,), or a function of the t
 
 _ZERO = 1e-6  # weights that sum to one only up to rounding, some ulps in fp32, leave the base out
 

@@ -166,6 +166,24 @@ class Policy:
         for parameter, value in zip(self.add_frozen_copy(name), values, strict=True):
             parameter.data.copy_(value)
 
+    def load_expert(self, name: str, path: str | Path) -> None:
+        """Attach a further adapter under a name of its own, frozen, from any file that `load_adapter` reads.
+
+        Rank, alpha and layers may differ from the first one's, which stays the one that `predict` runs; `predict_as`
+        runs this one. Raises ValueError as `load_adapter`, and for a full network, given here or loaded before.
+        """
+        if self.tuned is not None or networks.is_network(path):
+            raise ValueError(f"{path}: experts are adapters of one network, and a full network is given; give LoRAs")
+        adapter = adapters.load(self.pipe, self.backbone.denoiser_name, path, name)
+        adapters.to_float32(self.network, adapter, name)
+        self.network.set_adapter(adapters.NAME)  # which also freezes the others
+        self.trainable()
+
+    def predict_mixed(self, weights: Mapping[str, float], x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The output of the network whose weights are base + sum of w * (the adapter's dense update), in one pass."""
+        with adapters.mixed(self.network, weights):
+            return self.backbone.forward(self.network, x_BCHW, t_B, cond)
+
     def predict_as(self, name: str, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The output with another adapter of the network on. Goes through the bare network."""
         with adapters.active(self.network, name):

@@ -1,5 +1,7 @@
 """Report of an evaluation: scores.jsonl + meta.json -> summary.json, curves.png, curves.svg, report.html.
 
+A blend of two experts also gets pareto.png and pareto.svg, its w is lambda, and its ends are the experts.
+
     python -m rlg.report runs/NAME/eval/ID                     # files beside the scores
     python -m rlg.report runs/A/eval/ID runs/B/eval/ID         # one joint page, curves overlaid
 
@@ -28,38 +30,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from rlg import pareto
 from rlg.cli import Parser, fail_cleanly
-from rlg.stats import Row, read_rows, summarise
+from rlg.stats import BLEND_MODES, EXPERT, Row, read_rows, summarise
+from rlg.style import COLOURS, FALL, GRID, INK, MARKS, MODE_NAMES, MUTED, PALETTE, STYLE
 
-MODE_NAMES = {
-    "rlg": "guided (RLG)",
-    "lora_scale": "LoRA × w",
-    "tuned_2x_steps": "tuned, 2× steps",
-    "corrected": "corrected",
-}
-MARKS = {
-    "rlg": {"linestyle": "-", "marker": "o", "zorder": 3.2},
-    "lora_scale": {"linestyle": (0, (4, 2)), "marker": "s", "markerfacecolor": "white", "zorder": 3.0},
-    "tuned_2x_steps": {"linestyle": "none", "marker": "D", "zorder": 3.1},
-    "corrected": {"linestyle": (0, (1, 1.5)), "marker": "^", "zorder": 3.15},
-}
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito, safe for colour-blind eyes
-INK, MUTED, GRID, FALL = "#1d232b", "#6b7583", "#e3e7ec", "#b04a00"
-STYLE = {
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
-    **dict.fromkeys(("text.color", "axes.titlecolor"), INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    **dict.fromkeys(("font.size", "axes.titlesize"), 10),
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 16,
-    "grid.color": GRID,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rlg",
-    "text.parse_math": False,  # a reward may be called a$b$
-}
 MAX_TILES, MAX_SIDE = 24, 384  # images of the page, and pixels of an embedded image's longer side
+_NO_DATE = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same numbers make the same file
 
 
 @dataclass(frozen=True)
@@ -71,6 +48,35 @@ class Run:
     rows: list[Row]
     summary: dict[str, Any]  # the content of summary.json
 
+    @property
+    def sweep(self) -> str:
+        """The mode that the slider runs over."""
+        modes = {point["mode"] for point in self.summary["points"]}
+        return next((mode for mode in BLEND_MODES if mode in modes), "rlg")
+
+    @property
+    def is_blend(self) -> bool:
+        """Whether w is the weight of the last of two experts."""
+        return "pareto" in self.summary
+
+    @property
+    def ends(self) -> dict[float, str]:
+        """What stands at w = 0 and at w = 1; of a blend under another scale than 1, nothing does."""
+        if not self.is_blend:
+            return {0.0: "base", 1.0: "tuned"}
+        meta = self.summary["meta"]
+        return dict(enumerate(meta["experts"])) if meta["blend_scale"] == 1 else {}
+
+    @property
+    def formula(self) -> tuple[str, str]:
+        """What guidance computes, before and after the w."""
+        if not self.is_blend:
+            return "guided = base + ", " * (tuned - base)"
+        (a, b), scale = self.summary["meta"]["experts"], self.summary["meta"]["blend_scale"]
+        if scale == 1:
+            return f"guided = ({a}) + ", f" * (({b}) - ({a}))"
+        return f"guided = base + {scale:g} * (({a}) - base + ", f" * (({b}) - ({a})))"
+
     def points(self, mode: str) -> list[dict[str, Any]]:
         """The points of a mode, by w."""
         return [point for point in self.summary["points"] if point["mode"] == mode]
@@ -78,14 +84,22 @@ class Run:
     def curve(self, mode: str) -> list[dict[str, Any]]:
         """The points of a mode's line; at w = 0 and 1 all are the base and the tuned model, and share their points."""
         points = self.points(mode)
+        if mode in BLEND_MODES:
+            keys = pareto.front([(point["mode"], point["w"]) for point in self.summary["points"]], mode, self.scale)
+            points = [point for point in self.summary["points"] if (point["mode"], point["w"]) in keys]
         if mode in ("lora_scale", "corrected") and points:
             known = {point["w"] for point in points}
             points += [point for point in self.points("rlg") if point["w"] in {0, 1} - known]
         return sorted(points, key=lambda point: point["w"])
 
+    @property
+    def scale(self) -> float:
+        """W of a blend, 1 for others."""
+        return self.summary["meta"].get("blend_scale", 1.0)
+
     def best(self, reward: str) -> dict[str, Any]:
         """The guided point of the highest mean."""
-        return max(self.points("rlg"), key=lambda point: point["rewards"][reward]["mean"])
+        return max(self.curve(self.sweep), key=lambda point: point["rewards"][reward]["mean"])
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,10 @@ def read_run(folder: Path) -> Run:
     if not isinstance(meta["trained_rewards"], list):
         raise ValueError(f"{meta_path}: trained_rewards must be a list, got {meta['trained_rewards']!r}")
     rows = read_rows(scores)
-    return Run(str(meta.get("name", folder.name)), folder, rows, summarise(rows, meta))
+    summary = summarise(rows, meta)
+    if "blend_scale" in meta:
+        summary["pareto"] = pareto.summarise_front(rows, meta["trained_rewards"], meta["blend_scale"])
+    return Run(str(meta.get("name", folder.name)), folder, rows, summary)
 
 
 def reward_names(runs: Sequence[Run]) -> list[tuple[str, bool]]:
@@ -146,17 +163,19 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     handles: dict[str, Any] = {}
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(lines, columns, i + 1)
-        _dress(axes, panel)
+        _dress(axes, panel, runs[0] if len(runs) == 1 else None)
         for r, run in enumerate(runs):
-            for m, mode in enumerate(MODE_NAMES):
-                colour = PALETTE[(r if len(runs) > 1 else m) % len(PALETTE)]
+            for mode in MODE_NAMES:
+                if run.is_blend and (mode in ("rlg", "morl") or (mode == EXPERT and run.scale == 1)):
+                    continue  # no point along lambda, or the end of every curve
+                colour = PALETTE[r % len(PALETTE)] if len(runs) > 1 else COLOURS[mode]
                 label = MODE_NAMES[mode] if len(runs) == 1 else f"{run.name}: {MODE_NAMES[mode]}"
                 line = _draw(axes, panel, run.curve(mode), MARKS[mode], colour)
                 handles |= {label: line} if line else {}
         if len(runs) == 1:
-            _draw_cursors(axes, panel, runs[0].points("rlg"), i)
+            _draw_cursors(axes, panel, runs[0].curve(runs[0].sweep), i)
             _draw_fall(axes, panel, runs[0].summary["falls"])
-    columns = len(MODE_NAMES) if len(runs) == 1 else min(len(runs), 4)  # a legend fills its columns first
+    columns = min(len(handles) if len(runs) == 1 else len(runs), 4)  # a legend fills its columns first
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
@@ -173,13 +192,14 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     return panels
 
 
-def _dress(axes: Axes, panel: Panel) -> None:
+def _dress(axes: Axes, panel: Panel, run: Run | None) -> None:
     axes.set_title(panel.title)
     axes.tick_params(length=0)
     axes.margins(x=0.06, y=0.12)
-    axes.set_xlabel("guidance weight w" if panel.x == "w" else "path KL to the base (nats)")
+    weight = f"weight λ of {run.summary['meta']['experts'][1]}" if run and run.is_blend else "guidance weight w"
+    axes.set_xlabel(weight if panel.x == "w" else "path KL to the base (nats)")
     if panel.x == "w":
-        for w, name in ((0, "base"), (1, "tuned")):
+        for w, name in (run.ends if run else {0: "base", 1: "tuned"}).items():
             axes.axvline(w, color=MUTED, linewidth=0.7, zorder=1)
             above = axes.get_xaxis_transform()
             axes.text(w, 1.02, name, transform=above, ha="center", va="bottom", fontsize=8.5, color=MUTED)
@@ -246,8 +266,9 @@ def inline_svg(svg: str) -> str:
 def read_tiles(run: Run) -> list[Tile]:
     """Up to MAX_TILES (prompt, k) with images, different prompts first; empty without an images folder."""
     images: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    stops = {(point["mode"], point["w"]) for point in run.curve(run.sweep)}
     for row in run.rows:
-        if row.mode == "rlg" and _image(run.folder, row).is_file():
+        if (row.mode, row.w) in stops and _image(run.folder, row).is_file():
             images[row.k, row.prompt_id].append(row)
     chosen = sorted(sorted(images)[:MAX_TILES], key=lambda key: key[::-1])
     one_seed = len({row.seed for row in run.rows}) == 1
@@ -301,17 +322,21 @@ def _write(output: Path, runs: Sequence[Run], tiles: Sequence[Tile], summary: Ma
     with matplotlib.rc_context(STYLE):
         figure = draw_curves(runs)
         figure.savefig(output / "curves.png", dpi=150)
-        figure.savefig(
-            output / "curves.svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True
-        )
+        figure.savefig(output / "curves.svg", metadata=_NO_DATE, transparent=True)
+        if len(runs) == 1 and runs[0].is_blend:
+            front = pareto.draw_front(summary)
+            front.savefig(output / "pareto.png", dpi=150)
+            front.savefig(output / "pareto.svg", metadata=_NO_DATE, transparent=True)
     page = output / "report.html"
-    html = _render(runs, tiles, (output / "curves.svg").read_text(encoding="utf-8"))
+    names = [name for name in ("curves", "pareto") if name == "curves" or (len(runs) == 1 and runs[0].is_blend)]
+    html = _render(runs, tiles, {name: (output / f"{name}.svg").read_text(encoding="utf-8") for name in names})
     page.write_text(html, encoding="utf-8", errors="replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
     return page
 
 
-def _render(runs: Sequence[Run], tiles: Sequence[Tile], svg: str) -> str:
-    stops = sorted({w for tile in tiles for w in tile.frames}) or [point["w"] for point in runs[0].points("rlg")]
+def _render(runs: Sequence[Run], tiles: Sequence[Tile], figures: Mapping[str, str]) -> str:
+    swept = runs[0].curve(runs[0].sweep)
+    stops = sorted({w for tile in tiles for w in tile.frames}) or [point["w"] for point in swept]
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     return environment.get_template("report.html.template").render(
@@ -320,7 +345,10 @@ def _render(runs: Sequence[Run], tiles: Sequence[Tile], svg: str) -> str:
         stops=stops if len(runs) == 1 else [],
         rewards=reward_names(runs),
         mode_names=MODE_NAMES,
-        curves=inline_svg(svg),
+        swept=swept,
+        symbol="λ" if runs[0].is_blend else "w",
+        curves=inline_svg(figures["curves"]),
+        front=inline_svg(figures["pareto"]) if "pareto" in figures else None,
     )
 
 

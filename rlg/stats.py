@@ -27,7 +27,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MODES = ("rlg", "lora_scale", "tuned_2x_steps", "corrected")
+MODES = ("rlg", "lora_scale", "tuned_2x_steps", "corrected")  # of a sweep over w
+RLG_LS = "rlg_ls"  # base or tuned model, drawn at each step: one pass
+EXPERT, MORL = "expert", "morl"  # points of a blend: an expert on its own, and a model trained on the mix of rewards
+BLEND_MODES = ("blend", "blend_ls", "soup")
+ALL_MODES = (*MODES, RLG_LS, *BLEND_MODES, EXPERT, MORL)
 SAMPLERS = ("ode", "sde", "cps")
 OPTIONAL = ("kl", "diversity", "log_weight")  # numbers that a row may lack
 
@@ -41,9 +45,9 @@ class Row:
     tag: str | None
     k: int  # which of the prompt's images; (prompt_id, k, seed) fixes the initial noise
     seed: int
-    w: float  # guidance weight, to the 6 digits that an image's file name keeps
+    w: float  # guidance weight, to the 6 digits of an image's file name; of a blend, the last expert's weight in it
     sampler: str  # one of SAMPLERS
-    mode: str  # one of MODES; the base is "rlg" at w=0, the tuned model "rlg" at w=1
+    mode: str  # one of ALL_MODES; the base is "rlg" at w=0, the tuned model "rlg" at w=1
     rewards: dict[str, float]
     kl: float | None  # path KL to the base in nats; None for a deterministic sampler
     diversity: float | None
@@ -74,7 +78,7 @@ class Row:
             prompt=_text(record, "prompt"),
             tag=None if record["tag"] is None else _text(record, "tag"),
             sampler=_choice(record, "sampler", SAMPLERS),
-            mode=_choice(record, "mode", MODES),
+            mode=_choice(record, "mode", ALL_MODES),
             w=float(f"{_number(record, 'w'):g}"),
             rewards={name: _number(record["rewards"], name) for name in record["rewards"]},
             seconds=_number(record, "seconds"),
@@ -163,7 +167,7 @@ def bootstrap_mean(
     if len(names) == 1:
         group_of = np.arange(len(values))
     sum_G, count_G = np.bincount(group_of, weights=values), np.bincount(group_of)
-    draws_RG = _draws(len(sum_G), resamples, seed)
+    draws_RG = draws(len(sum_G), resamples, seed)
     means_R = draws_RG @ sum_G / (draws_RG @ count_G)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(means_R, [tail, 100 - tail])
@@ -210,7 +214,7 @@ def _check(values: NDArray[np.float64], groups: NDArray[Any]) -> None:
 
 
 @lru_cache(maxsize=4)
-def _draws(groups: int, resamples: int, seed: int) -> NDArray[np.float64]:
+def draws(groups: int, resamples: int = 2000, seed: int = 0) -> NDArray[np.float64]:
     """(R, G): how often each resample drew each group; G draws with replacement a row."""
     drawn_RG = np.random.default_rng(seed).integers(groups, size=(resamples, groups))
     flat = drawn_RG + groups * np.arange(resamples)[:, None]

@@ -1,0 +1,139 @@
+"""The evaluator of blends of two experts (`python -m rlg.evaluate --ckpt A --ckpt B --blend 0:1:0.1`).
+
+Both experts are adapters of one network, and lambda, a row's `w`, is the weight of the last. For every lambda, paired:
+
+    blend      base + W ((1 - lambda) (A - base) + lambda (B - base)): a pass for each expert (DB-MPA at W = 1)
+    blend_ls   one of them drawn at each step, one pass (DB-MPA-LS; stochastic samplers, W <= 1)
+    soup       the weights averaged, one pass: base + W times the mean of the dense updates (rewarded soups,
+               arXiv 2306.04488), not of the LoRA factors, whose products would add cross terms
+
+and as points beside them the base ("rlg" at w = 0), each expert alone ("expert" at w = 0 and 1, where at W = 1 all
+modes meet, so that they are made once) and models that were trained on a mix of the rewards ("morl", w counting them
+from 0): the oracle, which needs a training run for each lambda.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from rewards import RewardMix
+from rlg import adapters, blend, guidance, process
+from rlg.eval_folder import META, Job
+from rlg.evaluator import RLG, EvalSettings, Evaluator
+from rlg.policy import Policy
+from rlg.prompts import Prompt
+from rlg.stats import BLEND_MODES, EXPERT, MORL
+
+BLEND, BLEND_LS, SOUP = BLEND_MODES
+EXPERTS = (adapters.NAME, "expert_1")  # names in the network
+
+
+def morl_name(i: int) -> str:
+    """Name in the network of the i-th model that was trained on a mix."""
+    return f"morl_{i}"
+
+
+@dataclass(frozen=True)
+class BlendSettings(EvalSettings):
+    """What decides the rows of a blend; `scales` are the lambdas."""
+
+    blend_scale: float = 1.0  # W
+    morl: int = 0  # number of models trained on a mix
+
+    known: ClassVar[tuple[str, ...]] = BLEND_MODES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.blend_scale):
+            raise ValueError(f"--blend_scale must be finite, got {self.blend_scale}")
+        if self.origin is not None:
+            raise ValueError("--origin does not go with --blend, which starts from the base")
+        if BLEND_LS in self.modes:
+            weights = blend.pair_weights(torch.tensor(self.scales), self.blend_scale).tolist()
+            blend.check_drawn(BLEND_LS, weights, self.sampler, self.level)
+
+    def sweeps(self) -> Iterator[tuple[str, tuple[float, ...]]]:
+        """(mode, the lambdas that may share a batch)."""
+        yield RLG, (0.0,)
+        yield EXPERT, (0.0, 1.0)
+        lambdas = tuple(w for w in self.scales if self.blend_scale != 1 or w not in (0.0, 1.0))
+        yield from ((mode, lambdas) for mode in (BLEND, BLEND_LS) if lambdas and mode in self.modes)
+        yield from ((SOUP, (w,)) for w in lambdas if SOUP in self.modes)
+        yield from ((MORL, (float(i),)) for i in range(self.morl))
+
+    def shows(self, job: Job) -> bool:
+        """Whether a job is a stop of the report's slider: the first mode, and the experts where they are its ends."""
+        return job.mode == self.modes[0] or (job.mode == EXPERT and self.blend_scale == 1)
+
+
+def load_experts(policy: Policy, experts: Sequence[str], morl: Sequence[str]) -> None:
+    """Load two experts and the models trained on a mix into one network. Raises ValueError as `load_adapter` does."""
+    policy.load_adapter(experts[0])
+    policy.load_expert(EXPERTS[1], experts[1])
+    for i, path in enumerate(morl):
+        policy.load_expert(morl_name(i), path)
+
+
+def check_pair(experts: Sequence[str], morl: Sequence[str], rewards: Sequence[str]) -> None:
+    """Raise ValueError unless there are two experts and two rewards, and all adapters that name a base name one."""
+    if len(rewards) != 2:
+        raise ValueError(f"--blend draws a front over two rewards; give --rewards A B, got {', '.join(rewards)}")
+    if len(experts) != 2:
+        raise ValueError(f"--blend mixes two experts, got {len(experts)} --ckpt; give --ckpt A --ckpt B")
+    named = {path: adapters.read(path).base for path in (*experts, *morl)}
+    (first, base), *others = [(path, base) for path, base in named.items() if base] or [("", None)]
+    for path, other in others:
+        if other != base:
+            raise ValueError(f"{path} was trained on {other}, and {first} on {base}")
+
+
+class BlendEvaluator(Evaluator):
+    """Makes and scores images of a policy that `load_experts` has prepared."""
+
+    def __init__(self, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], settings: BlendSettings):
+        super().__init__(policy, reward, prompts, settings)
+        self.settings: BlendSettings
+        self.experts = tuple(self.with_cfg(partial(policy.predict_as, name)) for name in EXPERTS)
+
+    def guided(self, unit: Sequence[Job], schedule: process.Schedule) -> guidance.Guided:
+        """What predicts the outputs of a batch of jobs of one mode."""
+        mode, w = unit[0].mode, unit[0].w
+        if mode == RLG:
+            return super().guided(unit, schedule)
+        if mode == MORL:
+            one = partial(self.policy.predict_as, morl_name(int(w)))
+            return guidance.rlg(self.base, self.with_cfg(one), 1.0)
+        scale = 1.0 if mode == EXPERT else self.settings.blend_scale
+        weights_BE = blend.pair_weights(torch.tensor([job.w for job in unit]), scale)
+        if mode == SOUP:
+            mix = dict(zip(EXPERTS, weights_BE[0].tolist(), strict=True))
+            return guidance.rlg(self.base, self.with_cfg(partial(self.policy.predict_mixed, mix)), 1.0)
+        if mode == BLEND_LS:
+            return guidance.Guided(self.base, self.experts, blend.one_at_a_time(weights_BE, schedule, self.ids(unit)))
+        return guidance.Guided(self.base, self.experts, tuple(weights_BE.unbind(dim=1)))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without the words that all begin with."""
+    words = [re.split("(?<=[-_/ ])", name) for name in names]
+    start = 0
+    while all(len(row) > start + 1 for row in words) and len({row[start] for row in words}) == 1:
+        start += 1
+    return ["".join(row[start:]) for row in words]
+
+
+def allow_more_morl(folder: Path, morl: Sequence[str]) -> None:
+    """Let an evaluation that is there go on with more models trained on a mix: those it has stay the first ones."""
+    file = folder / META
+    before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if "morl" in before and before["morl"] == list(morl[: len(before["morl"])]):
+        file.write_text(json.dumps(before | {"morl": list(morl)}, indent=1))
