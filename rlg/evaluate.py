@@ -32,7 +32,7 @@ from rlg.blend_evaluator import (
 from rlg.choose import Goal, choose
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
 from rlg.eval_folder import Job, merge, prepare_folder
-from rlg.evaluator import CORRECTED, LORA_SCALE, EvalSettings, Evaluator, evaluate, modes_of
+from rlg.evaluator import LORA_SCALE, EvalSettings, Evaluator, evaluate, modes_of
 from rlg.policy import DTYPES, Policy, base_of
 from rlg.process import KERNELS
 from rlg.stats import BLEND_MODES, MODES, RLG_LS
@@ -54,7 +54,7 @@ def build_parser() -> Parser:
     add(
         "--modes",
         nargs="+",
-        help=f"of {', '.join(MODES)} {RLG_LS} (default: all but {CORRECTED} and {RLG_LS}, and for a full network without {LORA_SCALE})",
+        help=f"of {', '.join((*MODES, RLG_LS))}; default: the first three (no {LORA_SCALE} for a full network)",
     )
     goals = parser.add_mutually_exclusive_group()  # in place of --scales: the base, the tuned model and the w chosen
     goals.add_argument("--kl_budget", type=float, help="choose the w that spends this many nats of path KL")
