@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rlg.backbones import Conditioning
+from rlg.process import KERNELS, Schedule
 from trainers import common
 from trainers.online import DenoisingTrainer, OnlineConfig, Samples
 
@@ -34,10 +35,13 @@ class RWRConfig(OnlineConfig):
     beta: float = field(default=0.1, metadata={"help": "KL coefficient: samples count for exp(reward / beta)"})
     num_train_steps: int = field(default=4, metadata={"help": "noise levels that each sample is trained at"})
     on_policy: bool = field(default=False, metadata={"help": "samples of the trained model instead of the base"})
+    kernel: str = field(default="ode", metadata={"help": "sampler: ode, sde (flow SDE, or DDIM) or cps"})
+    noise_level: float = field(default=0.7, metadata={"help": "of a stochastic sampler; eta for DDIM"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require_positive(self, "beta", "num_train_steps")
+        common.require_positive(self, "beta", "num_train_steps", "noise_level")
+        common.require_choice(self, "kernel", KERNELS)
 
 
 def tilted_weights(reward_B: Tensor, group_B: Tensor, beta: float) -> Tensor:
@@ -63,6 +67,10 @@ class RWRTrainer(DenoisingTrainer):
 
     shown = ("reward", "loss", "ess", "seconds_per_image")
     config: RWRConfig
+
+    def evaluation_schedule(self) -> Schedule:
+        """The sampler whose law is tilted."""
+        return self.policy.schedule(self.config.num_steps, self.config.kernel, self.config.noise_level)
 
     def rollout(self) -> Samples:
         """Sample this process's share of the iteration."""
