@@ -1,15 +1,290 @@
 """Does guidance with w play the KL coefficient beta / w?
 
-python -m rlg.equivalence --toy                        # laws that are known exactly
+    python -m rlg.equivalence --toy                                                  # laws that are known exactly
+    python -m rlg.equivalence --config configs/equivalence/tiny_sd3_compressibility.yaml
+
+The second draws many images of the base, whose rewards say what the exact optimum of every beta would score
+(`rlg.oracle`), then images of one tuned model guided with several w, and of others trained at betas of their own; it
+goes on where it was interrupted. It reports, with intervals, how far guidance with w misses the oracle at beta / w, as
+a share of the gap between base and tuned model: once with the beta that the model was trained at, and once with the
+beta whose oracle scores what the tuned model does, which leaves out how well training hit its own target.
+
+KL: the oracle's is that of the images. That of guidance is of the sampler's path and bounds it from above.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+import numpy as np
+
+from rewards import RewardMix
+from rlg import prompts as prompt_sets
 from rlg.cli import Parser, fail_cleanly
+from rlg.config import read_yaml
+from rlg.eval_folder import ROWS, merge, prepare_folder
+from rlg.evaluator import RLG, EvalSettings, Evaluator, evaluate
+from rlg.oracle import Array, Oracle, tilted
+from rlg.policy import Policy
+from rlg.prompts import Prompt
+from rlg.stats import Estimate, Row, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A configs/equivalence/*.yaml."""
+
+    base: str
+    reward: str
+    ckpt: str  # the tuned model that is guided
+    beta: float  # the KL coefficient that it was trained at, in units of the reward
+    prompts: str = "tinyworld:composition/test"
+    num_prompts: int = 24
+    samples: int = 512  # of the base, a prompt
+    k: int = 64  # images a prompt at each w
+    scales: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+    trained: tuple[dict[str, Any], ...] = ()  # other models: ckpt, beta and a name
+    steps: int = 10
+    sampler: str = "sde"
+    level: float = 1.0
+    cfg: float = 1.0
+    dtype: str = "bfloat16"
+    seed: int = 0
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not {0.0, 1.0} <= set(self.scales):
+            raise ValueError(f"scales must hold 0 and 1, between which errors are measured, got {list(self.scales)}")
+        for model in self.trained:
+            if not isinstance(model, dict) or set(model) != {"ckpt", "beta", "name"}:
+                raise ValueError(f"each of `trained` has ckpt, beta and name, got {model!r}")
+
+    @classmethod
+    def read(cls, path: Path, **changes: Any) -> Experiment:
+        """From YAML, with the changes that are not None. Raises ValueError for an unknown or a missing key."""
+        row = read_yaml(path) | {name: value for name, value in changes.items() if value is not None}
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(row) - set(known))
+        if unknown:
+            raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
+        for name in ("scales", "trained"):
+            if name in row:
+                row[name] = tuple(row[name])
+        try:
+            return cls(**row)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def settings(self, scales: Sequence[float], k: int, seed: int) -> EvalSettings:
+        """What decides the rows of one of its evaluations."""
+        return EvalSettings(
+            scales=tuple(scales),
+            modes=(RLG,),
+            steps=self.steps,
+            sampler=self.sampler,
+            level=self.level,
+            cfg=self.cfg,
+            resolution=None,
+            k=k,
+            seed=seed,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """Guidance with one w, against the oracle at beta / w."""
+
+    w: float
+    beta: float  # the trained beta over w; inf at w = 0
+    reward: Estimate  # of guidance
+    path_kl: Estimate | None
+    oracle: Estimate  # reward at beta / w
+    oracle_kl: Estimate  # nats
+    ess: float  # effective number of base samples a prompt behind the oracle
+    miss: Estimate  # (reward - oracle) / (tuned - base)
+    matched: Estimate  # the same, against the oracle at the tuned model's own beta over w
+    effective_w: float  # matched beta of the tuned model over that of this point
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained at a beta of its own."""
+
+    name: str
+    beta: float
+    reward: Estimate
+    path_kl: Estimate | None
+    oracle: Estimate
+
+
+@dataclass(frozen=True)
+class Slope:
+    """dE / dKL of the oracle at a beta, which it should equal."""
+
+    beta: float
+    slope: Estimate
+    ess: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """An experiment's numbers."""
+
+    points: list[Point]
+    trained: list[Trained]
+    slopes: list[Slope]
+    frontier: list[tuple[float, float, float, float]]  # (beta, reward, KL, ess) along the oracle
+    matched_beta: float  # whose oracle scores what the tuned model does
+    base: Estimate
+    prompts: int
+
+
+def table_of(rows: Sequence[Row], value: str, w: float) -> Array:
+    """(P, K) rewards of the name `value`, or path KLs, of one w; prompts and images in order."""
+    chosen = sorted((row for row in rows if row.w == w), key=lambda row: (row.prompt_id, row.k))
+    prompts = len({row.prompt_id for row in chosen})
+    values = [row.kl if value == "kl" else row.rewards[value] for row in chosen]
+    return np.array(values, dtype=np.float64).reshape(prompts, -1)
+
+
+def analyse(
+    experiment: Experiment, base: Sequence[Row], guided: Sequence[Row], trained: Sequence[Sequence[Row]]
+) -> Result:
+    """Numbers of an experiment from the rows of the base, of guidance, and of each other trained model at w = 1."""
+    name, beta = experiment.reward, experiment.beta
+    oracle = Oracle(table_of(base, name, 0.0), seed=experiment.seed)
+    rewards = {w: oracle.images(table_of(guided, name, w)) for w in experiment.scales}
+    gap = rewards[1.0] - oracle.base()
+    matched = oracle.matching(float(rewards[1.0][0].mean()))
+
+    def at(w: float, start: float) -> Array:
+        return oracle.base() if w == 0 or start == float("inf") else oracle.at(start / w)[0]
+
+    def path_kl(rows: Sequence[Row], w: float) -> Estimate | None:
+        known = [row for row in rows if row.w == w and row.kl is not None]
+        return oracle.estimate(oracle.images(table_of(known, "kl", w))) if known else None
+
+    points = []
+    for w in sorted(experiment.scales):
+        if w < 0:
+            continue
+        own = oracle.matching(float(rewards[w][0].mean()))
+        points.append(
+            Point(
+                w=w,
+                beta=beta / w if w else float("inf"),
+                reward=oracle.estimate(rewards[w]),
+                path_kl=path_kl(guided, w),
+                oracle=oracle.estimate(at(w, beta)),
+                oracle_kl=oracle.estimate(oracle.at(beta / w)[1]) if w else Estimate(0.0, 0.0, 0.0),
+                ess=oracle.ess(beta / w) if w else float(oracle.reward_PN.shape[1]),
+                miss=oracle.estimate(rewards[w] - at(w, beta), gap),
+                matched=oracle.estimate(rewards[w] - at(w, matched), gap),
+                effective_w=matched / own if own else float("inf"),
+            )
+        )
+    others = [
+        Trained(
+            model["name"],
+            float(model["beta"]),
+            oracle.estimate(oracle.images(table_of(rows, name, 1.0))),
+            path_kl(rows, 1.0),
+            oracle.estimate(oracle.at(float(model["beta"]))[0]),
+        )
+        for model, rows in zip(experiment.trained, trained, strict=True)
+    ]
+    betas = [beta * factor for factor in (4.0, 2.0, 1.0, 1 / 1.5, 1 / 2, 1 / 3)]
+    slopes = [Slope(b, oracle.slope(b), oracle.ess(b)) for b in betas]
+    grid = beta * np.geomspace(20, 0.2, 41)
+    frontier = [(float(b), *(float(values.mean()) for values in tilted(oracle.reward_PN, b))) for b in grid]
+    return Result(points, others, slopes, frontier, matched, oracle.estimate(oracle.base()), len(oracle.reward_PN))
+
+
+def draw_rows(
+    experiment: Experiment, reward: RewardMix, prompts: Sequence[Prompt], ids: Sequence[int], folder: Path
+) -> tuple[list[Row], list[Row], list[list[Row]]]:
+    """(rows of the base, of guidance, of each other model), making what is missing from the folder."""
+    guided = experiment.settings(experiment.scales, experiment.k, experiment.seed)
+    jobs: list[tuple[str, str | None, EvalSettings]] = [
+        ("base", None, experiment.settings([0.0], experiment.samples, experiment.seed + 1)),
+        ("guided", experiment.ckpt, guided),
+    ]
+    single = experiment.settings([1.0], experiment.k, experiment.seed)
+    jobs += [(f"trained-{i}", str(model["ckpt"]), single) for i, model in enumerate(experiment.trained)]
+    result = []
+    for name, ckpt, settings in jobs:
+        policy = Policy.load(experiment.base, experiment.dtype)
+        if ckpt:
+            policy.load_tuned(ckpt)
+        own = {k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size")}
+        meta = {"base": experiment.base, "adapter": ckpt or "none", "trained_rewards": [experiment.reward], **own}
+        meta |= {"prompts": experiment.prompts, "num_prompts": len(ids), "dtype": experiment.dtype}
+        prepare_folder(folder / name, meta, overwrite=False)
+        merge(folder / name)
+        evaluate(Evaluator(policy, reward, prompts, settings), folder / name, ids, lambda job: False)
+        merge(folder / name)
+        result.append(read_rows(folder / name / ROWS))
+    return result[0], result[1], result[2:]
+
+
+def markdown(experiment: Experiment, result: Result) -> str:
+    """The numbers as tables."""
+
+    def cell(estimate: Estimate | None, form: str = ".3f") -> str:
+        if estimate is None:
+            return ""
+        return f"{estimate.mean:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+    lines = [
+        f"{experiment.reward} on {experiment.base}: {experiment.ckpt}, trained at beta = {experiment.beta:g}; the "
+        f"oracle scores what it does at beta = {result.matched_beta:.3g}. {result.prompts} prompts, {experiment.k} "
+        f"images at each w, {experiment.samples} of the base; {experiment.sampler}, {experiment.steps} steps.",
+        "",
+        "| w | reward | oracle at beta / w | miss, % of the gap | miss, matched beta | effective w | path KL | KL of "
+        "the oracle | ESS |",
+        "|" + "---|" * 9,
+    ]
+    for point in result.points:
+        lines.append(
+            f"| {point.w:g} | {cell(point.reward)} | {cell(point.oracle)} | {cell(point.miss, '+.0%')} | "
+            f"{cell(point.matched, '+.0%')} | {point.effective_w:.2f} | {cell(point.path_kl, '.2f')} | "
+            f"{cell(point.oracle_kl, '.2f')} | {point.ess:.0f} |"
+        )
+    lines += ["", "| oracle's slope at beta | dE / dKL | ESS |", "|---|---|---|"]
+    lines += [f"| {s.beta:.3g} | {cell(s.slope, '.4f')} | {s.ess:.0f} |" for s in result.slopes]
+    if result.trained:
+        lines += ["", "| trained | beta | reward | oracle at its beta | path KL |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {t.name} | {t.beta:g} | {cell(t.reward)} | {cell(t.oracle)} | {cell(t.path_kl, '.2f')} |"
+            for t in result.trained
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def measure(experiment: Experiment, reward: RewardMix, folder: Path) -> list[Path]:
+    """Run an experiment and write equivalence.json, .md and .png into the folder; returns them."""
+    from rlg.equivalence_figure import draw
+    from rlg.style import STYLE
+
+    prompts = prompt_sets.load(experiment.prompts)
+    ids = prompt_sets.spread(prompts, experiment.num_prompts)
+    result = analyse(experiment, *draw_rows(experiment, reward, prompts, ids, folder))
+    record = {"experiment": asdict(experiment), **asdict(result)}
+    written = [folder / f"equivalence.{kind}" for kind in ("json", "md", "png")]
+    written[0].write_text(json.dumps(record, indent=1) + "\n")
+    written[1].write_text(markdown(experiment, result))
+    with matplotlib.rc_context(STYLE):
+        draw(experiment, result).savefig(written[2], dpi=150)
+    return written
 
 
 def build_parser() -> Parser:
@@ -17,18 +292,32 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m rlg.equivalence", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--toy", action="store_true", help="laws with known scores, against the exact tilted law")
-    add("--samples", type=int, default=10_000, help="of each toy law")
-    add("--steps", type=int, help="denoising steps (default: 250 for a toy)")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("runs/equivalence"), help="folder to write to")
+    add("--samples", type=int, help="of each toy law (default: 10000); of the base, a prompt")
+    add("--steps", type=int, help="denoising steps (default: 250 for a toy, else the config's)")
+    add("--config", type=Path, help="configs/equivalence/NAME.yaml")
+    add("--ckpt", help="the tuned model that is guided (default: the config's)")
+    add("--seed", type=int)
+    add("--output", type=Path, help="folder to write to (default: runs/equivalence/NAME)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the options say and print what was written."""
+    import rewards
     from rlg import equivalence_toy
 
-    for path in equivalence_toy.run(args.output, args.samples, args.steps or 250, args.seed):
+    if args.toy == (args.config is not None):
+        raise ValueError("give either --toy or --config FILE")
+    if args.toy:
+        folder = args.output or Path("runs/equivalence/toy")
+        written = equivalence_toy.run(folder, args.samples or 10_000, args.steps or 250, args.seed or 0)
+    else:
+        own = {"ckpt": args.ckpt, "samples": args.samples, "steps": args.steps, "seed": args.seed}
+        experiment = Experiment.read(args.config, **own)
+        folder = args.output or Path("runs/equivalence") / args.config.stem
+        written = measure(experiment, rewards.build([experiment.reward]), folder)
+        print(written[1].read_text())
+    for path in written:
         print(path)
 
 

@@ -1,0 +1,137 @@
+"""`rlg.equivalence`: what the analysis says of guidance that is right, or wrong by a known amount; both commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlg import equivalence
+from rlg.equivalence import Experiment, analyse
+from rlg.stats import Row
+
+PROMPTS, BETA, STD = 8, 0.8, 0.5
+
+
+def rows(w: float, shift: float, count: int, seed: int) -> list[Row]:
+    """Images of a law whose rewards are N(prompt + shift, STD^2), with path KL shift^2."""
+    reward_PK = np.random.default_rng(seed).normal(size=(PROMPTS, count)) * STD + shift
+    return [
+        Row(p, "", None, k, 0, w, "sde", "rlg", {"fit": p + reward_PK[p, k]}, shift**2, None, 1, 0.0)
+        for p in range(PROMPTS)
+        for k in range(count)
+    ]
+
+
+def result(miss: float = 0.0, trained_at: float = BETA, scales: tuple[float, ...] = (0, 0.5, 1, 2)) -> object:
+    """An experiment in which guidance with w > 1 overshoots the oracle by `miss` of the gap."""
+    experiment = Experiment(base="", reward="fit", ckpt="", beta=BETA, scales=tuple(map(float, scales)))
+    gap = STD**2 / trained_at
+    guided = [
+        row
+        for i, w in enumerate(experiment.scales)
+        for row in rows(w, gap * (w + (miss if w > 1 else 0)), 400, seed=1 + i)
+    ]
+    return analyse(experiment, rows(0.0, 0.0, 2000, seed=0), guided, [])
+
+
+def test_guidance_that_is_the_tilted_law_misses_nothing() -> None:
+    for point in result().points:
+        assert point.miss.low <= 0 <= point.miss.high
+        assert point.miss.high - point.miss.low < 0.35
+        assert point.reward.mean == pytest.approx(3.5 + point.w * STD**2 / BETA, abs=0.04)
+        assert point.path_kl.mean == pytest.approx((point.w * STD**2 / BETA) ** 2)
+        assert point.effective_w == pytest.approx(point.w, abs=0.2)
+
+
+def test_a_known_miss_is_found() -> None:
+    found = {point.w: point for point in result(miss=0.5).points}
+    assert found[2.0].miss.mean == pytest.approx(0.5, abs=0.12) and found[2.0].miss.low > 0
+    assert found[2.0].matched.mean == pytest.approx(0.5, abs=0.15)
+    assert found[2.0].effective_w == pytest.approx(2.5, abs=0.2)
+    assert abs(found[0.5].miss.mean) < 0.1
+
+
+def test_training_that_missed_its_beta_is_told_apart_from_guidance_that_does() -> None:
+    """Trained to twice the beta it was meant for: off at w = 1 by -100% of its gap, and by nothing once matched."""
+    found = {point.w: point for point in result(trained_at=2 * BETA).points}
+    assert found[1.0].miss.mean == pytest.approx(-1, abs=0.15)
+    assert result(trained_at=2 * BETA).matched_beta == pytest.approx(2 * BETA, rel=0.1)
+    for point in found.values():
+        assert point.matched.low <= 0 <= point.matched.high
+
+
+def test_the_frontier_has_slope_beta_where_the_oracle_has_samples() -> None:
+    trusted = [slope for slope in result().slopes if slope.ess > 100]
+    assert len(trusted) >= 4
+    for slope in trusted:
+        assert slope.slope.low * 0.999 <= slope.beta <= slope.slope.high * 1.001
+
+
+# --- the commands
+
+
+def test_an_experiment_end_to_end_and_again(
+    tiny_folder: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config, prompts = tmp_path / "small.yaml", tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\ntwo blue crosses\n")
+    ckpt = tiny_checkpoint("sd3")
+    config.write_text(
+        f"base: {tiny_folder('sd3')}\nreward: jpeg_compressibility\nckpt: {ckpt}\nbeta: 0.5\nprompts: {prompts}\n"
+        "num_prompts: 2\nsamples: 6\nk: 2\nscales: [0, 1, 2]\nsteps: 2\ndtype: float32\n"
+        f"trained:\n  - {{ckpt: {ckpt}, beta: 0.25, name: again}}\n"
+    )
+    output = tmp_path / "out"
+    equivalence.main(["--config", str(config), "--output", str(output)])
+    record = json.loads((output / "equivalence.json").read_text())
+    assert [point["w"] for point in record["points"]] == [0, 1, 2]
+    assert record["points"][2]["beta"] == 0.25 and record["trained"][0]["name"] == "again"
+    guided, again = record["points"][1], record["trained"][0]
+    assert guided["reward"]["mean"] == again["reward"]["mean"] and guided["path_kl"] == again["path_kl"]
+    assert (output / "equivalence.png").stat().st_size > 10_000
+    text = (output / "equivalence.md").read_text()
+    assert "| again | 0.25 |" in text and "2 prompts, 2 images at each w, 6 of the base" in text
+    times = {file: file.stat().st_mtime_ns for file in output.glob("*/meta.json")}
+    scores = {file: file.read_bytes() for file in output.glob("*/scores.jsonl")}
+    equivalence.main(["--config", str(config), "--output", str(output)])
+    assert scores == {file: file.read_bytes() for file in output.glob("*/scores.jsonl")}  # nothing made twice
+    assert times == {file: file.stat().st_mtime_ns for file in output.glob("*/meta.json")}
+
+
+def test_the_toy_end_to_end(tmp_path: Path) -> None:
+    equivalence.main(["--toy", "--samples", "200", "--steps", "10", "--output", str(tmp_path)])
+    record = json.loads((tmp_path / "toy.json").read_text())
+    assert record["settings"] == {"samples": 200, "steps": 10, "seed": 0}
+    assert {row["case"] for row in record["rows"]} == {"linear", "narrow", "wide", "modes", "plane"}
+    assert "| reward that narrows | 2 | exact | 1.333 | 0.333 |" in (tmp_path / "toy.md").read_text()
+    assert (tmp_path / "toy.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: x\nreward: r\nckpt: c\nbeta: 0", "beta must be positive"),
+        ("base: x\nreward: r\nckpt: c\nbeta: 1\nscales: [0, 2]", "scales must hold 0 and 1"),
+        ("base: x\nreward: r\nckpt: c\nbeta: 1\nbetas: 2", "unknown key 'betas'"),
+        ("base: x\nreward: r\nbeta: 1", "ckpt"),
+        ("base: x\nreward: r\nckpt: c\nbeta: 1\ntrained: [{ckpt: c}]", "has ckpt, beta and name"),
+    ],
+)
+def test_bad_configs_are_one_line(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    for arguments in (["--config", str(tmp_path / "c.yaml")],):
+        with pytest.raises(SystemExit) as stopped:
+            equivalence.main([*arguments, "--output", str(tmp_path / "out")])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_of_toy_and_config_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        equivalence.main([])
+    assert "either --toy or --config" in capsys.readouterr().err
