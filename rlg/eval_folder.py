@@ -61,8 +61,12 @@ def save_images(rows: Iterable[tuple[Row, Tensor]], folder: Path) -> None:
     """Write images (3, H, W) in [0, 1] as prompt-k-w.png."""
     folder.mkdir(exist_ok=True)
     for row, image_3HW in rows:
-        pixels = (image_3HW.permute(1, 2, 0) * 255).round().byte().numpy()
-        Image.fromarray(pixels).save(folder / f"{row.prompt_id}-{row.k}-{row.w:g}.png")
+        to_pil(image_3HW).save(folder / f"{row.prompt_id}-{row.k}-{row.w:g}.png")
+
+
+def to_pil(image_3HW: Tensor) -> Image.Image:
+    """An image of pixels in [0, 1]."""
+    return Image.fromarray((image_3HW.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
