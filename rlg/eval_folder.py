@@ -17,6 +17,7 @@ from torch import Tensor
 from rlg.stats import Row, read_rows
 
 ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
+_BEFORE = {"schedule": "constant"}  # what an evaluation did whose meta.json is older than the setting
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
         for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
             old.unlink()
     if file.is_file():
-        before = json.loads(file.read_text())
+        before = _BEFORE | json.loads(file.read_text())
         changed = [k for k in meta if before.get(k) != meta[k]]
         if changed:
             raise ValueError(

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rewards import RewardMix
 from rlg import adapters, hub, networks
 from rlg import prompts as prompt_sets
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
 from rlg.eval_folder import Job, merge, prepare_folder
-from rlg.evaluator import LORA_SCALE, RLG, EvalSettings, Evaluator, evaluate, modes_of
+from rlg.evaluator import LORA_SCALE, RLG, EvalSettings, Evaluator, evaluate, modes_of, progress, units_left
 from rlg.policy import DTYPES, Policy, base_of
 from rlg.process import KERNELS
+from rlg.prompts import Prompt
 from rlg.stats import MODES
+from rlg.weight_schedule import CONSTANT, FORMS, WeightSchedule
 
 
 def build_parser() -> Parser:
@@ -39,6 +42,7 @@ def build_parser() -> Parser:
         help="adapter that guidance starts from instead of the base: CKPT/trainer_state/lora_old.safetensors of NFT",
     )
     add("--scales", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3], help="values of w")
+    add("--schedule", help=f"of w over the steps: {', '.join(FORMS)} (LOW < sigma <= HIGH); default: {CONSTANT}")
     add("--modes", nargs="+", help=f"default: {' '.join(MODES)} (for a full network without {LORA_SCALE})")
     add("--prompts", help="prompt set (default: the held-out set of the run)")
     add("--num_prompts", type=int, help="how many of them, spread evenly (default: all)")
@@ -67,9 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments, from the command line over a YAML file over the run's own settings. Raises ValueError."""
-    from rlg.config import read_yaml, run_settings
+    return complete(read_arguments(build_parser(), argv))
 
-    parser = build_parser()
+
+def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments, from the command line over a YAML file; None where neither has a say. Raises ValueError."""
+    from rlg.config import read_yaml
+
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     if args.config:
@@ -81,6 +89,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args = parser.parse_args([*_as_arguments(row), *argv])
     if not args.ckpt:
         raise ValueError(f"--ckpt is needed (or --tuned): {TUNED_HELP}")
+    return args
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The same arguments, with the run's own settings where there were none."""
+    from rlg.config import run_settings
+
     for name, value in run_settings(Path(args.ckpt)).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -95,7 +110,8 @@ def _as_arguments(row: dict[str, Any]) -> Iterator[str]:
             yield from map(str, [] if value is True else value if isinstance(value, list) else [value])
 
 
-def _settings(args: argparse.Namespace) -> EvalSettings:
+def settings_of(args: argparse.Namespace) -> EvalSettings:
+    """What decides the rows. Raises ValueError for values that make no evaluation."""
     return EvalSettings(
         scales=tuple(sorted({float(f"{w:g}") for w in args.scales})),
         modes=modes_of(args.modes, networks.is_network(args.ckpt)),
@@ -108,6 +124,7 @@ def _settings(args: argparse.Namespace) -> EvalSettings:
         seed=args.seed,
         batch_size=args.batch_size,
         origin=args.origin,
+        schedule=str(WeightSchedule.parse(args.schedule or CONSTANT)),
     )
 
 
@@ -124,60 +141,118 @@ def home_of(tuned: str | Path) -> tuple[str, Path]:
     return name, Path("runs") / name
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Evaluate and report; returns the output folder."""
+@dataclass(frozen=True)
+class Loaded:
+    """What evaluations of one tuned model share."""
+
+    state: Any  # accelerate's PartialState
+    policy: Policy
+    reward: RewardMix
+    prompts: Sequence[Prompt]
+    ids: Sequence[int]  # indices of the prompts that are used
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluator and its folder."""
+
+    evaluator: Evaluator
+    folder: Path
+    meta: dict[str, Any]  # of meta.json
+    images: int  # prompts whose images are kept; -1 keeps all
+    overwrite: bool
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Models, rewards and prompts. Raises ValueError for what does not fit together."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     import rewards
-    from rlg.report import write_report
 
     base = base_of(args.ckpt, args.base)
-    settings = _settings(args)
+    settings_of(args)  # refused before anything is loaded
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
-    source = args.prompts or "tinyworld:composition/test"
-    prompts = prompt_sets.load(source)
-    ids = prompt_sets.spread(prompts, args.num_prompts)
-    trained = list(args.rewards or ["jpeg_compressibility"])
-    names = list(dict.fromkeys([*trained, *(args.held_out or [])]))
+    prompts = prompt_sets.load(_source(args))
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # else every process believes it is alone
-    reward = rewards.build(names, device=str(state.device))
+    reward = rewards.build(_reward_names(args)[1], device=str(state.device))
     policy = Policy.load(base, args.dtype or "float32", state.device)
     policy.load_tuned(args.ckpt)
     if policy.tuned is not None and state.is_main_process:
         print(networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
-    evaluator = Evaluator(policy, reward, prompts, settings)
+    return Loaded(state, policy, reward, prompts, prompt_sets.spread(prompts, args.num_prompts))
+
+
+def _source(args: argparse.Namespace) -> str:
+    return args.prompts or "tinyworld:composition/test"
+
+
+def _reward_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(those that were trained on, all)."""
+    trained = list(args.rewards or ["jpeg_compressibility"])
+    return trained, list(dict.fromkeys([*trained, *(args.held_out or [])]))
+
+
+def begin(args: argparse.Namespace, loaded: Loaded) -> Evaluation:
+    """The evaluation that the arguments ask for; writes nothing. Raises ValueError for settings that do not fit."""
+    settings = settings_of(args)
+    trained, names = _reward_names(args)
     name, home = home_of(args.ckpt)
-    origin = "" if settings.origin is None else f"-from-{Path(settings.origin).stem}"
-    ident = f"{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}{origin}"
-    folder = args.output or home / "eval" / f"{Path(args.ckpt).resolve().name}-{ident}"
+    ident = f"{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
+    ident += "" if settings.origin is None else f"-from-{Path(settings.origin).stem}"
+    ident += "" if settings.schedule == CONSTANT else f"-{settings.schedule.replace(':', '_')}"
     meta = {
         "name": name if settings.origin is None else f"{name} from {Path(settings.origin).stem}",
-        "base": base,
+        "base": base_of(args.ckpt, args.base),
         "adapter": str(Path(args.ckpt)),
         "trained_rewards": [name.partition("=")[0] for name in trained],  # as the rows name them
         "rewards": names,
-        "prompts": source,
-        "num_prompts": len(ids),
+        "prompts": _source(args),
+        "num_prompts": len(loaded.ids),
         "dtype": args.dtype or "float32",
         **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size")},
     }
-    if state.is_main_process:
-        prepare_folder(folder, meta, args.overwrite)
-        merge(folder)
-    state.wait_for_everyone()
-    shown = {ids[i] for i in prompt_sets.spread(ids, args.images if args.images >= 0 else None)}
+    folder = args.output or home / "eval" / f"{Path(args.ckpt).resolve().name}-{ident}"
+    evaluator = Evaluator(loaded.policy, loaded.reward, loaded.prompts, settings)
+    return Evaluation(evaluator, folder, meta, args.images, args.overwrite)
 
-    def keep(job: Job) -> bool:
-        return job.mode == RLG and job.prompt_id in shown and (job.k == 0 or args.images < 0)
 
-    evaluate(evaluator, folder, ids, keep, state.process_index, state.num_processes)
-    state.wait_for_everyone()
+def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
+    """Make and score what the folders lack, under one progress bar, and write each one's report."""
+    from rlg.report import write_report
+
+    state, ids = loaded.state, loaded.ids
     if state.is_main_process:
-        merge(folder)
-        print(write_report(folder))
-    return folder
+        for evaluation in evaluations:
+            prepare_folder(evaluation.folder, evaluation.meta, evaluation.overwrite)
+            merge(evaluation.folder)
+    state.wait_for_everyone()
+    share = state.process_index, state.num_processes
+    left = [sum(map(len, units_left(e.evaluator.settings, e.folder, ids, *share))) for e in evaluations]
+    with progress(sum(left), state.process_index) as bar:
+        for evaluation in evaluations:
+            evaluate(evaluation.evaluator, evaluation.folder, ids, _keep(evaluation, ids), *share, bar)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                merge(evaluation.folder)
+                write_report(evaluation.folder)
+
+
+def _keep(evaluation: Evaluation, ids: Sequence[int]) -> Callable[[Job], bool]:
+    everything = evaluation.images < 0
+    shown = {ids[i] for i in prompt_sets.spread(ids, None if everything else evaluation.images)}
+    return lambda job: job.mode == RLG and job.prompt_id in shown and (job.k == 0 or everything)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Evaluate and report; returns the output folder."""
+    loaded = load(args)
+    evaluation = begin(args, loaded)
+    finish([evaluation], loaded)
+    if loaded.state.is_main_process:
+        print(evaluation.folder / "report.html")
+    return evaluation.folder
 
 
 if __name__ == "__main__":

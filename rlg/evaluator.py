@@ -17,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
 from rlg.stats import MODES, Row
+from rlg.weight_schedule import CONSTANT, WeightSchedule
 
 RLG, LORA_SCALE, TWICE = MODES
 _ORIGIN = "origin"  # name of the adapter that guidance starts from, in the network
@@ -54,6 +56,7 @@ class EvalSettings:
     seed: int
     batch_size: int  # images a batch
     origin: str | None = None  # file of an adapter that guidance starts from instead of the base
+    schedule: str = CONSTANT  # of w over the steps, for mode rlg: a form of rlg.weight_schedule
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(w) for w in self.scales):
@@ -63,6 +66,7 @@ class EvalSettings:
             raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(MODES)}")
         if min(self.k, self.steps, self.batch_size) < 1:
             raise ValueError("--k, --steps and --batch_size must be at least 1")
+        WeightSchedule.parse(self.schedule)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class Evaluator:
         ids = [SampleId(settings.seed, job.prompt_id, job.k) for job in unit]
         noise = SampleNoise(ids, self.shape, policy.device)
         origin = base if settings.origin is None else self._origin()
-        guided = guidance.rlg(origin, tuned, weights_B)
+        guided = guidance.rlg(origin, tuned, WeightSchedule.parse(settings.schedule).over(schedule, weights_B))
         x, kl_B, passes_B = noise.initial(), torch.zeros(len(unit)), torch.zeros(len(unit), dtype=torch.long)
         wasted = 0.0
         for i in range(len(schedule)):
@@ -227,6 +231,18 @@ def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[
     return result
 
 
+def units_left(
+    settings: EvalSettings, folder: Path, prompt_ids: Sequence[int], rank: int = 0, world: int = 1
+) -> list[list[Job]]:
+    """This process's share of what scores.jsonl lacks."""
+    return plan(settings, prompt_ids, set(read(folder / ROWS)))[rank::world]
+
+
+def progress(images: int, rank: int = 0) -> tqdm:
+    """A bar over images, on the first process."""
+    return tqdm(total=images, desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
+
+
 def evaluate(
     evaluator: Evaluator,
     folder: Path,
@@ -234,18 +250,18 @@ def evaluate(
     keep_images: Callable[[Job], bool],
     rank: int = 0,
     world: int = 1,
+    bar: tqdm | None = None,
 ) -> None:
-    """Make this process's share of the rows that scores.jsonl lacks, with a progress bar.
+    """Make this process's share of the rows that scores.jsonl lacks, with a progress bar (or on one of the caller's).
 
     Files of other processes are not looked at: they may have begun, and all must cut the work in the same way.
     """
-    units = plan(evaluator.settings, prompt_ids, set(read(folder / ROWS)))[rank::world]
-    bar = tqdm(total=sum(map(len, units)), desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
-    with (folder / f"scores-{rank}.jsonl").open("a") as file:
+    units = units_left(evaluator.settings, folder, prompt_ids, rank, world)
+    shown = progress(sum(map(len, units)), rank) if bar is None else nullcontext(bar)
+    with shown as bar, (folder / f"scores-{rank}.jsonl").open("a") as file:
         for unit in units:
             rows = list(evaluator.run(unit))
             save_images([(row, image) for row, image in rows if keep_images(job_of(row))], folder / IMAGES)
             file.write("".join(json.dumps(asdict(row)) + "\n" for row, _ in rows))
             file.flush()
             bar.update(len(unit))
-    bar.close()

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rlg.cli import Parser, fail_cleanly
-from rlg.stats import Row, read_rows, summarise
+from rlg.stats import Row, has_base, read_rows, summarise
 
 MODE_NAMES = {"rlg": "guided (RLG)", "lora_scale": "LoRA × w", "tuned_2x_steps": "tuned, 2× steps"}
 MARKS = {
@@ -65,6 +65,11 @@ class Run:
     rows: list[Row]
     summary: dict[str, Any]  # the content of summary.json
 
+    @property
+    def named(self) -> dict[float, str]:
+        """w -> what it is called."""
+        return {0.0: "base", 1.0: "tuned"} if has_base(self.summary["meta"]) else {1.0: "tuned"}
+
     def points(self, mode: str) -> list[dict[str, Any]]:
         """The points of a mode, by w."""
         return [point for point in self.summary["points"] if point["mode"] == mode]
@@ -74,7 +79,7 @@ class Run:
         points = self.points(mode)
         if mode == "lora_scale" and points:
             known = {point["w"] for point in points}
-            points += [point for point in self.points("rlg") if point["w"] in {0, 1} - known]
+            points += [point for point in self.points("rlg") if point["w"] in self.named.keys() - known]
         return sorted(points, key=lambda point: point["w"])
 
     def best(self, reward: str) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     handles: dict[str, Any] = {}
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(lines, columns, i + 1)
-        _dress(axes, panel)
+        _dress(axes, panel, _named(runs))
         for r, run in enumerate(runs):
             for m, mode in enumerate(MODE_NAMES):
                 colour = PALETTE[(r if len(runs) > 1 else m) % len(PALETTE)]
@@ -165,13 +170,18 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     return panels
 
 
-def _dress(axes: Axes, panel: Panel) -> None:
+def _named(runs: Sequence[Run]) -> dict[float, str]:
+    """What a w is called in all the runs."""
+    return {w: name for w, name in runs[0].named.items() if all(w in run.named for run in runs)}
+
+
+def _dress(axes: Axes, panel: Panel, named: Mapping[float, str]) -> None:
     axes.set_title(panel.title)
     axes.tick_params(length=0)
     axes.margins(x=0.06, y=0.12)
     axes.set_xlabel("guidance weight w" if panel.x == "w" else "path KL to the base (nats)")
     if panel.x == "w":
-        for w, name in ((0, "base"), (1, "tuned")):
+        for w, name in named.items():
             axes.axvline(w, color=MUTED, linewidth=0.7, zorder=1)
             above = axes.get_xaxis_transform()
             axes.text(w, 1.02, name, transform=above, ha="center", va="bottom", fontsize=8.5, color=MUTED)
@@ -312,6 +322,7 @@ def _render(runs: Sequence[Run], tiles: Sequence[Tile], svg: str) -> str:
         stops=stops if len(runs) == 1 else [],
         rewards=reward_names(runs),
         mode_names=MODE_NAMES,
+        named=_named(runs),
         curves=inline_svg(svg),
     )
 
