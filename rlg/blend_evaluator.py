@@ -32,6 +32,7 @@ from rlg.evaluator import RLG, EvalSettings, Evaluator
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.stats import BLEND_MODES, EXPERT, MORL
+from rlg.weight_schedule import CONSTANT
 
 BLEND, BLEND_LS, SOUP = BLEND_MODES
 EXPERTS = (adapters.NAME, "expert_1")  # names in the network
@@ -57,6 +58,8 @@ class BlendSettings(EvalSettings):
             raise ValueError(f"--blend_scale must be finite, got {self.blend_scale}")
         if self.origin is not None:
             raise ValueError("--origin does not go with --blend, which starts from the base")
+        if self.schedule != CONSTANT:
+            raise ValueError(f"--schedule {self.schedule} does not go with --blend, whose weights stay over the steps")
         if BLEND_LS in self.modes:
             weights = blend.pair_weights(torch.tensor(self.scales), self.blend_scale).tolist()
             blend.check_drawn(BLEND_LS, weights, self.sampler, self.level)
@@ -120,6 +123,12 @@ class BlendEvaluator(Evaluator):
         if mode == BLEND_LS:
             return guidance.Guided(self.base, self.experts, blend.one_at_a_time(weights_BE, schedule, self.ids(unit)))
         return guidance.Guided(self.base, self.experts, tuple(weights_BE.unbind(dim=1)))
+
+
+def labels_of(experts: Sequence[tuple[str, str]]) -> list[str]:
+    """What to call experts, of which (run, file) is known: by the run, and by the file too where runs repeat."""
+    names = [name for name, _ in experts]
+    return names if len(set(names)) == len(names) else [f"{name}/{file}" for name, file in experts]
 
 
 def short_names(names: Sequence[str]) -> list[str]:

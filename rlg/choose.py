@@ -5,7 +5,8 @@
     python -m rlg.evaluate --ckpt ... --min_ess 0.5          # as far as beta / w can be believed
 
 All three move in one direction along w as long as guidance does what it claims: KL and reward rise, and from w = 1 on
-the effective share falls. What is drawn at one w is paired with what is drawn at another.
+the effective share falls. So do the first two under a schedule of w that is not constant, where w = 0 is not the base;
+the effective share is unknown there. What is drawn at one w is paired with what is drawn at another.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from rlg.stats import Row, effective_share
 
+GOALS = ("kl_budget", "target_reward", "min_ess")  # options of the command
 LARGEST = 8.0  # w beyond which nothing is looked for
 _TOLERANCE = 0.02
 
@@ -25,7 +27,7 @@ _TOLERANCE = 0.02
 class Goal:
     """What w is chosen by."""
 
-    option: str  # kl_budget, target_reward or min_ess
+    option: str  # one of GOALS
     value: float
 
     def __post_init__(self) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 from rlg.stats import Row, read_rows
 
 ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
+# What an evaluation did whose meta.json is older than a setting: the same as without the option
+_DEFAULTS = {"origin": None, "schedule": "constant", "chosen": None}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
         for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
             old.unlink()
     if file.is_file():
-        before = json.loads(file.read_text())
+        before = _DEFAULTS | json.loads(file.read_text())
         changed = [k for k in meta if before.get(k) != meta[k]]
         if changed:
             raise ValueError(

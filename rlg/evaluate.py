@@ -12,166 +12,38 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlg import adapters, blend, hub, networks
+from rewards import RewardMix
+from rlg import adapters, hub, networks
 from rlg import prompts as prompt_sets
 from rlg.blend_evaluator import (
-    BLEND_LS,
     BlendEvaluator,
     BlendSettings,
     allow_more_morl,
     check_pair,
+    labels_of,
     load_experts,
     short_names,
 )
 from rlg.choose import Goal, choose
-from rlg.cli import TUNED_HELP, Parser, fail_cleanly
+from rlg.cli import fail_cleanly
+from rlg.eval_arguments import goal_of, parse, settings_of
 from rlg.eval_folder import Job, merge, prepare_folder
-from rlg.evaluator import LORA_SCALE, EvalSettings, Evaluator, evaluate, modes_of
-from rlg.policy import DTYPES, Policy, base_of
-from rlg.process import KERNELS
-from rlg.stats import BLEND_MODES, MODES, RLG_LS
-
-
-def build_parser() -> Parser:
-    """The command line."""
-    parser = Parser(prog="python -m rlg.evaluate", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--config", type=Path, help="YAML file with any of these options; the command line wins")
-    add("--ckpt", "--tuned", dest="ckpts", metavar="TUNED", action="append", help=TUNED_HELP + "; two for --blend")
-    add("--base", help="base model (default: the one that the adapter was trained on)")
-    add(
-        "--origin",
-        metavar="FILE",
-        help="adapter that guidance starts from instead of the base: CKPT/trainer_state/lora_old.safetensors of NFT",
-    )
-    add("--scales", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3], help="values of w")
-    add(
-        "--modes",
-        nargs="+",
-        help=f"of {', '.join((*MODES, RLG_LS))}; default: the first three (no {LORA_SCALE} for a full network)",
-    )
-    goals = parser.add_mutually_exclusive_group()  # in place of --scales: the base, the tuned model and the w chosen
-    goals.add_argument("--kl_budget", type=float, help="choose the w that spends this many nats of path KL")
-    goals.add_argument("--target_reward", type=float, help="choose the w that reaches this mean of the first reward")
-    goals.add_argument("--min_ess", type=float, help="choose the largest w > 1 of at least this effective share")
-    add("--calibration_prompts", type=int, default=16, help="prompts that w is chosen on")
-    add(
-        "--blend", metavar="START:STOP:STEP", help="blend two experts: the weights of the last --ckpt, such as 0:1:0.1"
-    )
-    add("--blend_scale", type=float, metavar="W", help="base + W * (blend - base) (default: 1)")
-    add("--blend_modes", nargs="+", choices=BLEND_MODES, help=f"default: all that apply ({BLEND_LS}: no ODE, W <= 1)")
-    add("--morl", nargs="+", metavar="CKPT", help="adapters trained on a mix of the two rewards, as further points")
-    add("--prompts", help="prompt set (default: the held-out set of the run)")
-    add("--num_prompts", type=int, help="how many of them, spread evenly (default: all)")
-    add("--k", type=int, default=4, help="images a prompt")
-    add("--rewards", nargs="+", help="rewards to report (default: those of the run)")
-    add("--held_out", nargs="*", default=None, help="more rewards, not trained on (default: those of the run)")
-    add("--steps", type=int, help="denoising steps (default: those of the run)")
-    add("--sampler", choices=KERNELS, help="default: the run's own")
-    add("--level", type=float, help="noise level of a stochastic sampler (default: the run's own)")
-    add("--cfg", type=float, help="classifier-free guidance scale, inside each model (default: the run's own)")
-    add("--resolution", type=int, help="side of the images in pixels (default: the run's own)")
-    add("--seed", type=int, default=0)
-    add("--batch_size", type=int, default=128, help="images a batch")
-    add("--dtype", choices=sorted(DTYPES), help="default: the run's own")
-    add("--output", type=Path, help="default: eval/ID in the run's folder, or in runs/NAME for a model from elsewhere")
-    add("--images", type=int, default=8, help="prompts whose images are kept for the report; -1 keeps all")
-    add("--overwrite", action="store_true", help="discard what an earlier evaluation left in the output folder")
-    return parser
+from rlg.evaluator import EvalSettings, Evaluator, evaluate, progress, units_left
+from rlg.policy import Policy, base_of
+from rlg.prompts import Prompt
+from rlg.weight_schedule import CONSTANT
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     with fail_cleanly():
         run(parse(argv))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Arguments, from the command line over a YAML file over the run's own settings. Raises ValueError."""
-    from rlg.config import read_yaml, run_settings
-
-    parser = build_parser()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
-    if args.config:
-        row = read_yaml(args.config)
-        known = set(vars(args)) - {"config", "ckpts"} | {"ckpt", "tuned"}
-        unknown = sorted(set(row) - known)
-        if unknown:
-            raise ValueError(f"{args.config}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-        if args.ckpts:
-            row = {name: value for name, value in row.items() if name not in ("ckpt", "tuned")}
-        args = parser.parse_args([*_as_arguments(row), *argv])
-    if not args.ckpts:
-        raise ValueError(f"--ckpt is needed (or --tuned): {TUNED_HELP}")
-    if len(args.ckpts) > 1 and not args.blend:
-        raise ValueError(f"{len(args.ckpts)} --ckpt are given: --blend START:STOP:STEP says how to mix them")
-    if not args.blend and (
-        given := [n for n in ("blend_scale", "blend_modes", "morl") if getattr(args, n) is not None]
-    ):
-        raise ValueError(f"--{given[0]} does nothing without --blend")
-    args.ckpt = args.ckpts[0]
-    settings = [run_settings(Path(ckpt)) for ckpt in args.ckpts]
-    if args.blend and args.rewards is None and all("rewards" in row for row in settings):
-        args.rewards = list(dict.fromkeys(name for row in settings for name in row["rewards"]))
-    for name, value in settings[0].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    return args
-
-
-def _as_arguments(row: dict[str, Any]) -> Iterator[str]:
-    """A YAML row as a command line, so that types and choices are checked in one place."""
-    for name, value in row.items():
-        if name in ("ckpt", "tuned") and isinstance(value, list):
-            yield from (f"--{name}={each}" for each in value)
-        elif value is not None and value is not False:
-            yield f"--{name}"
-            yield from map(str, [] if value is True else value if isinstance(value, list) else [value])
-
-
-def _settings(args: argparse.Namespace) -> EvalSettings:
-    common = _common(args)
-    if not args.blend:
-        scales = tuple(sorted({float(f"{w:g}") for w in args.scales}))
-        return EvalSettings(scales=scales, modes=modes_of(args.modes, networks.is_network(args.ckpt)), **common)
-    if args.modes:
-        raise ValueError("--modes are those of a sweep over w; a blend has --blend_modes")
-    scale = 1.0 if args.blend_scale is None else args.blend_scale
-    drawn = common["sampler"] != "ode" and 0 <= scale <= 1
-    modes = args.blend_modes or [mode for mode in BLEND_MODES if drawn or mode != BLEND_LS]
-    own = {"scales": blend.grid(args.blend), "blend_scale": scale, "morl": len(args.morl or [])}
-    return BlendSettings(modes=tuple(modes), **own, **common)
-
-
-def _common(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that a sweep over w and a blend share."""
-    return dict(
-        steps=20 if args.steps is None else args.steps,
-        sampler=args.sampler or "ode",
-        level=0.7 if args.level is None else args.level,
-        cfg=4.5 if args.cfg is None else args.cfg,
-        resolution=args.resolution,
-        k=args.k,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        origin=args.origin,
-    )
-
-
-def _goal(args: argparse.Namespace) -> Goal | None:
-    given = [name for name in ("kl_budget", "target_reward", "min_ess") if getattr(args, name) is not None]
-    if given and args.calibration_prompts < 1:
-        raise ValueError(f"--calibration_prompts must be at least 1, got {args.calibration_prompts}")
-    if given and args.blend:
-        raise ValueError(f"--{given[0]} chooses one w, and --blend sweeps lambda; give one of them")
-    return Goal(given[0], getattr(args, given[0])) if given else None
 
 
 def home_of(tuned: str | Path) -> tuple[str, Path]:
@@ -187,96 +59,156 @@ def home_of(tuned: str | Path) -> tuple[str, Path]:
     return name, Path("runs") / name
 
 
-def _names(args: argparse.Namespace, settings: EvalSettings, goal: Goal | None) -> tuple[Path, dict[str, Any]]:
+def names_of(args: argparse.Namespace, settings: EvalSettings, goal: Goal | None) -> tuple[Path, dict[str, Any]]:
     """The output folder, and what meta.json says of the models."""
-    runs = [home_of(ckpt) for ckpt in args.ckpts]
-    files = [Path(ckpt).resolve().name for ckpt in args.ckpts]
-    name, file = runs[0][0], files[0]
-    naming: dict[str, Any] = {"name": name, "adapter": str(Path(args.ckpt))}
-    ident = f"{settings.sampler}{settings.steps}-cfg{settings.cfg:g}-seed{settings.seed}"
+    runs = [(*home_of(ckpt), Path(ckpt).resolve().name) for ckpt in args.ckpts]
+    name, home, file = runs[0]
+    parts = [f"{settings.sampler}{settings.steps}", f"cfg{settings.cfg:g}", f"seed{settings.seed}"]
+    naming: dict[str, Any] = {"name": name, "adapter": " + ".join(str(Path(ckpt)) for ckpt in args.ckpts)}
     if settings.origin is not None:
         naming["name"] += f" from {Path(settings.origin).stem}"
-        ident += f"-from-{Path(settings.origin).stem}"
+        parts.append(f"from-{Path(settings.origin).stem}")
+    if settings.schedule != CONSTANT:
+        parts.append(settings.schedule.replace(":", "_"))
     if goal:
-        ident += f"-{goal.option}{goal.value:g}"
+        parts.append(f"{goal.option}{goal.value:g}")
     if isinstance(settings, BlendSettings):
-        names = [run for run, _ in runs]
-        labels = names if len(set(names)) == len(names) else [f"{n}/{f}" for n, f in zip(names, files, strict=True)]
-        file = "-with-".join([files[0], *(f"{n}-{f}" for n, f in zip(names[1:], files[1:], strict=True))])
-        ident += "" if settings.blend_scale == 1 else f"-scale{settings.blend_scale:g}"
-        naming = {"name": " + ".join(labels), "adapter": " + ".join(str(Path(ckpt)) for ckpt in args.ckpts)}
-        naming |= {"experts": short_names(labels), "morl": [str(Path(ckpt)) for ckpt in args.morl or []]}
-    return args.output or runs[0][1] / "eval" / f"{file}-{ident}", naming
+        labels = labels_of([(name, file) for name, _, file in runs])
+        file = "-with-".join([file, *(f"{n}-{f}" for n, _, f in runs[1:])])
+        parts += [] if settings.blend_scale == 1 else [f"scale{settings.blend_scale:g}"]
+        morl = [str(Path(ckpt)) for ckpt in args.morl or []]
+        naming |= {"name": " + ".join(labels), "experts": short_names(labels), "morl": morl}
+    return args.output or home / "eval" / "-".join([file, *parts]), naming
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Evaluate and report; returns the output folder."""
+@dataclass(frozen=True)
+class Loaded:
+    """What evaluations of the same models share."""
+
+    state: Any  # accelerate's PartialState
+    policy: Policy
+    reward: RewardMix
+    prompts: Sequence[Prompt]
+    ids: Sequence[int]  # indices of the prompts that are used
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluator and its folder."""
+
+    evaluator: Evaluator
+    folder: Path
+    meta: dict[str, Any]  # of meta.json
+    images: int  # prompts whose images are kept; -1 keeps all
+    overwrite: bool
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Models, rewards and prompts. Raises ValueError for what does not fit together."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     import rewards
-    from rlg.report import write_report
 
-    settings = _settings(args)
-    goal = _goal(args)
+    settings_of(args), goal_of(args)  # refused before anything is loaded
     base = base_of(args.ckpt, args.base)
     if args.num_prompts is not None and args.num_prompts < 1:
         raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
-    source = args.prompts or "tinyworld:composition/test"
-    prompts = prompt_sets.load(source)
-    ids = prompt_sets.spread(prompts, args.num_prompts)
-    trained = list(args.rewards or ["jpeg_compressibility"])
-    names = list(dict.fromkeys([*trained, *(args.held_out or [])]))
-    if isinstance(settings, BlendSettings):
+    prompts = prompt_sets.load(_source(args))
+    trained, names = _reward_names(args)
+    if args.blend:
         check_pair(args.ckpts, args.morl or [], trained)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # else every process believes it is alone
     reward = rewards.build(names, device=str(state.device))
     policy = Policy.load(base, args.dtype or "float32", state.device)
-    if isinstance(settings, BlendSettings):
+    if args.blend:
         load_experts(policy, args.ckpts, args.morl or [])
     else:
         policy.load_tuned(args.ckpt)
     if policy.tuned is not None and state.is_main_process:
         print(networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
-    evaluator = (BlendEvaluator if isinstance(settings, BlendSettings) else Evaluator)(
-        policy, reward, prompts, settings
-    )
-    folder, naming = _names(args, settings, goal)
-    chosen = None
-    if goal:
-        calibration = prompt_sets.spread(ids, args.calibration_prompts)
-        w = choose(goal, partial(evaluator.rows_at, calibration), names[0])
-        chosen = asdict(goal) | {"w": w}
-        print(f"--{goal.option} {goal.value:g}: w = {w:g}, by {len(calibration)} prompts", file=sys.stderr)
-        settings = evaluator.settings = replace(settings, scales=tuple(sorted({0.0, 1.0, w})))
+    return Loaded(state, policy, reward, prompts, prompt_sets.spread(prompts, args.num_prompts))
+
+
+def _source(args: argparse.Namespace) -> str:
+    return args.prompts or "tinyworld:composition/test"
+
+
+def _reward_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(those that were trained on, all)."""
+    trained = list(args.rewards or ["jpeg_compressibility"])
+    return trained, list(dict.fromkeys([*trained, *(args.held_out or [])]))
+
+
+def begin(args: argparse.Namespace, loaded: Loaded) -> Evaluation:
+    """The evaluation that the arguments ask for; writes nothing. Raises ValueError for settings that do not fit."""
+    settings, goal = settings_of(args), goal_of(args)
+    kind = BlendEvaluator if isinstance(settings, BlendSettings) else Evaluator
+    evaluator = kind(loaded.policy, loaded.reward, loaded.prompts, settings)
+    folder, naming = names_of(args, settings, goal)
+    trained, names = _reward_names(args)
     meta = {
         **naming,
-        "base": base,
+        "base": base_of(args.ckpt, args.base),
         "trained_rewards": [name.partition("=")[0] for name in trained],  # as the rows name them
         "rewards": names,
-        "prompts": source,
-        "num_prompts": len(ids),
-        "chosen": chosen,
+        "prompts": _source(args),
+        "num_prompts": len(loaded.ids),
+        "chosen": _choose(goal, evaluator, prompt_sets.spread(loaded.ids, args.calibration_prompts), names[0]),
         "dtype": args.dtype or "float32",
         **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size", "morl")},
     }
-    if state.is_main_process:
-        if "morl" in meta and not args.overwrite:
-            allow_more_morl(folder, meta["morl"])
-        prepare_folder(folder, meta, args.overwrite)
-        merge(folder)
-    state.wait_for_everyone()
-    shown = {ids[i] for i in prompt_sets.spread(ids, args.images if args.images >= 0 else None)}
+    return Evaluation(evaluator, folder, meta, args.images, args.overwrite)
 
-    def keep(job: Job) -> bool:
-        return settings.shows(job) and job.prompt_id in shown and (job.k == 0 or args.images < 0)
 
-    evaluate(evaluator, folder, ids, keep, state.process_index, state.num_processes)
-    state.wait_for_everyone()
+def _choose(goal: Goal | None, evaluator: Evaluator, ids: Sequence[int], reward: str) -> dict[str, Any] | None:
+    """Have the evaluator sweep over w = 0, 1 and the w of a goal, by the prompts `ids`; the `chosen` of meta.json."""
+    if goal is None:
+        return None
+    w = choose(goal, partial(evaluator.rows_at, ids), reward)
+    print(f"--{goal.option} {goal.value:g}: w = {w:g}, by {len(ids)} prompts", file=sys.stderr)
+    evaluator.settings = replace(evaluator.settings, scales=tuple(sorted({0.0, 1.0, w})))
+    return asdict(goal) | {"w": w}
+
+
+def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
+    """Make and score what the folders lack, under one progress bar, and write each one's report."""
+    from rlg.report import write_report
+
+    state, ids = loaded.state, loaded.ids
     if state.is_main_process:
-        merge(folder)
-        print(write_report(folder))
-    return folder
+        for evaluation in evaluations:
+            if "morl" in evaluation.meta and not evaluation.overwrite:
+                allow_more_morl(evaluation.folder, evaluation.meta["morl"])
+            prepare_folder(evaluation.folder, evaluation.meta, evaluation.overwrite)
+            merge(evaluation.folder)
+    state.wait_for_everyone()
+    share = state.process_index, state.num_processes
+    left = [sum(map(len, units_left(e.evaluator.settings, e.folder, ids, *share))) for e in evaluations]
+    with progress(sum(left), state.process_index) as bar:
+        for evaluation in evaluations:
+            evaluate(evaluation.evaluator, evaluation.folder, ids, _keep(evaluation, ids), *share, bar)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                merge(evaluation.folder)
+                write_report(evaluation.folder)
+
+
+def _keep(evaluation: Evaluation, ids: Sequence[int]) -> Callable[[Job], bool]:
+    everything = evaluation.images < 0
+    shown = {ids[i] for i in prompt_sets.spread(ids, None if everything else evaluation.images)}
+    shows = evaluation.evaluator.settings.shows
+    return lambda job: shows(job) and job.prompt_id in shown and (job.k == 0 or everything)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Evaluate and report; returns the output folder."""
+    loaded = load(args)
+    evaluation = begin(args, loaded)
+    finish([evaluation], loaded)
+    if loaded.state.is_main_process:
+        print(evaluation.folder / "report.html")
+    return evaluation.folder
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ paired. Beside the sweep (mode "rlg") it runs the two baselines that cost the sa
 the steps ("tuned_2x_steps", equal network evaluations) and the LoRA scaled by w ("lora_scale", one pass; a full
 network has none). If asked, "rlg_ls" draws base or tuned model at every step (`rlg.blend.one_at_a_time`, one pass),
 and "corrected" resamples a prompt's images towards base^(1-w) tuned^w (`rlg.corrector`); the weights that it would go
-by are in every guided row, as `log_weight`.
+by are in every guided row, as `log_weight`. Draws, resampling and weights are for a w that stays the same at every
+step; the sweep may have another schedule of w (`rlg.weight_schedule`).
 
 The work is cut into units (a few prompts, all their images, all scales) whose batches do not depend on the number of
 processes; each process takes every n-th unit and appends its rows to a file of its own. Path KL is in nats, by
@@ -19,6 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
 from rlg.stats import MODES, RLG_LS, Row
+from rlg.weight_schedule import CONSTANT, WeightSchedule
 
 RLG, LORA_SCALE, TWICE, CORRECTED = MODES
 _ORIGIN = "origin"  # name of the adapter that guidance starts from, in the network
@@ -57,6 +60,7 @@ class EvalSettings:
     seed: int
     batch_size: int  # images a batch
     origin: str | None = None  # file of an adapter that guidance starts from instead of the base
+    schedule: str = CONSTANT  # of w over the steps, for mode rlg: a form of rlg.weight_schedule
 
     known: ClassVar[tuple[str, ...]] = (*MODES, RLG_LS)
 
@@ -68,6 +72,10 @@ class EvalSettings:
             raise ValueError(f"unknown mode {unknown[0]!r}; known: {', '.join(self.known)}")
         if min(self.k, self.steps, self.batch_size) < 1:
             raise ValueError("--k, --steps and --batch_size must be at least 1")
+        WeightSchedule.parse(self.schedule)
+        constant = sorted({CORRECTED, RLG_LS} & set(self.modes)) if self.schedule != CONSTANT else []
+        if constant:
+            raise ValueError(f"mode {constant[0]} is for a w that stays; leave it or --schedule {self.schedule} out")
         if CORRECTED in self.modes and self.k > self.batch_size:
             raise ValueError(
                 f"mode {CORRECTED} resamples the {self.k} images of a prompt together; raise --batch_size to that"
@@ -202,8 +210,9 @@ class Evaluator:
         if self.settings.origin is not None:
             origin = self.with_cfg(partial(self.policy.predict_as, _ORIGIN))
         w_B = torch.tensor([job.w for job in unit]) if mode in (RLG, RLG_LS, CORRECTED) else torch.ones(len(unit))
-        (weight,) = blend.one_at_a_time(w_B[:, None], schedule, self.ids(unit)) if mode == RLG_LS else (w_B,)
-        return guidance.rlg(origin, tuned, weight)
+        if mode == RLG_LS:
+            return guidance.Guided(origin, (tuned,), blend.one_at_a_time(w_B[:, None], schedule, self.ids(unit)))
+        return guidance.rlg(origin, tuned, WeightSchedule.parse(self.settings.schedule).over(schedule, w_B))
 
     def with_cfg(self, predict: guidance.Predictor) -> guidance.Predictor:
         """A predictor under this evaluation's classifier-free guidance."""
@@ -239,12 +248,16 @@ class Evaluator:
                 wasted += self._now() - started
             x = process.step(schedule, i, x, out, noise.step() if stochastic else None)
             x = corrector.resample(x, last=i == len(schedule) - 1)
-        log_weight_B = corrector.log_weight_B if unit[0].mode == RLG else None
+        log_weight_B = corrector.log_weight_B if unit[0].mode == RLG and self._weighs(RLG) else None
         return x, kl_B if schedule.stochastic_steps() else None, log_weight_B, passes_B, wasted
+
+    def _weighs(self, mode: str) -> bool:
+        """Whether the corrector knows weights of a mode's images; under a w that changes it does not."""
+        return mode in (RLG, CORRECTED) and self.settings.schedule == CONSTANT
 
     def _corrector(self, unit: Sequence[Job]) -> Corrector:
         mode = unit[0].mode
-        w_B = torch.tensor([job.w if mode in (RLG, CORRECTED) else 1.0 for job in unit])
+        w_B = torch.tensor([job.w if self._weighs(mode) else 1.0 for job in unit])
         groups = [(job.prompt_id, job.w) for job in unit]
         return Corrector(w_B, groups, RESAMPLE_BELOW if mode == CORRECTED else 0.0, self.settings.seed)
 
@@ -271,6 +284,18 @@ def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[
     return result
 
 
+def units_left(
+    settings: EvalSettings, folder: Path, prompt_ids: Sequence[int], rank: int = 0, world: int = 1
+) -> list[list[Job]]:
+    """This process's share of what scores.jsonl lacks."""
+    return plan(settings, prompt_ids, set(read(folder / ROWS)))[rank::world]
+
+
+def progress(images: int, rank: int = 0) -> tqdm:
+    """A bar over images, on the first process."""
+    return tqdm(total=images, desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
+
+
 def evaluate(
     evaluator: Evaluator,
     folder: Path,
@@ -278,18 +303,18 @@ def evaluate(
     keep_images: Callable[[Job], bool],
     rank: int = 0,
     world: int = 1,
+    bar: tqdm | None = None,
 ) -> None:
-    """Make this process's share of the rows that scores.jsonl lacks, with a progress bar.
+    """Make this process's share of the rows that scores.jsonl lacks, with a progress bar (or on one of the caller's).
 
     Files of other processes are not looked at: they may have begun, and all must cut the work in the same way.
     """
-    units = plan(evaluator.settings, prompt_ids, set(read(folder / ROWS)))[rank::world]
-    bar = tqdm(total=sum(map(len, units)), desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
-    with (folder / f"scores-{rank}.jsonl").open("a") as file:
+    units = units_left(evaluator.settings, folder, prompt_ids, rank, world)
+    shown = progress(sum(map(len, units)), rank) if bar is None else nullcontext(bar)
+    with shown as bar, (folder / f"scores-{rank}.jsonl").open("a") as file:
         for unit in units:
             rows = list(evaluator.run(unit))
             save_images([(row, image) for row, image in rows if keep_images(job_of(row))], folder / IMAGES)
             file.write("".join(json.dumps(asdict(row)) + "\n" for row, _ in rows))
             file.flush()
             bar.update(len(unit))
-    bar.close()

@@ -23,7 +23,8 @@ from torch import Tensor
 from rlg.backbones import Conditioning
 
 Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
-Weight = float | Tensor | Callable[[float], float | Tensor]  # a number, one per sample (B,), or a function of the t
+# a number, one per sample (B,), or either as a function of the network's t
+Weight = float | Tensor | Callable[[float], float | Tensor]
 
 _ZERO = 1e-6  # weights that sum to one only up to rounding, some ulps in fp32, leave the base out
 

@@ -15,14 +15,12 @@ import base64
 import io
 import json
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,11 +30,10 @@ from PIL import Image
 
 from rlg import pareto
 from rlg.cli import Parser, fail_cleanly
-from rlg.stats import BLEND_MODES, EXPERT, Row, read_rows, summarise
-from rlg.style import COLOURS, FALL, GRID, INK, MARKS, MODE_NAMES, MUTED, PALETTE, STYLE
+from rlg.stats import BLEND_MODES, EXPERT, Row, has_base, read_rows, summarise
+from rlg.style import COLOURS, FALL, INK, MARKS, MODE_NAMES, MUTED, PALETTE, STYLE, render, save
 
 MAX_TILES, MAX_SIDE = 24, 384  # images of the page, and pixels of an embedded image's longer side
-_NO_DATE = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same numbers make the same file
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,27 @@ class Run:
         return "pareto" in self.summary
 
     @property
-    def ends(self) -> dict[float, str]:
-        """What stands at w = 0 and at w = 1; of a blend under another scale than 1, nothing does."""
-        if not self.is_blend:
-            return {0.0: "base", 1.0: "tuned"}
+    def scale(self) -> float:
+        """W of a blend, 1 for others."""
+        return self.summary["meta"].get("blend_scale", 1.0)
+
+    @property
+    def named(self) -> dict[float, str]:
+        """w -> what stands there: base and tuned model, or a blend's experts where its scale is 1."""
         meta = self.summary["meta"]
-        return dict(enumerate(meta["experts"])) if meta["blend_scale"] == 1 else {}
+        if self.is_blend:
+            return {float(w): name for w, name in enumerate(meta["experts"])} if self.scale == 1 else {}
+        return {0.0: "base", 1.0: "tuned"} if has_base(meta) else {1.0: "tuned"}
 
     @property
     def formula(self) -> tuple[str, str]:
         """What guidance computes, before and after the w."""
         if not self.is_blend:
             return "guided = base + ", " * (tuned - base)"
-        (a, b), scale = self.summary["meta"]["experts"], self.summary["meta"]["blend_scale"]
-        if scale == 1:
+        a, b = self.summary["meta"]["experts"]
+        if self.scale == 1:
             return f"guided = ({a}) + ", f" * (({b}) - ({a}))"
-        return f"guided = base + {scale:g} * (({a}) - base + ", f" * (({b}) - ({a})))"
+        return f"guided = base + {self.scale:g} * (({a}) - base + ", f" * (({b}) - ({a})))"
 
     def points(self, mode: str) -> list[dict[str, Any]]:
         """The points of a mode, by w."""
@@ -89,13 +91,8 @@ class Run:
             points = [point for point in self.summary["points"] if (point["mode"], point["w"]) in keys]
         if mode in ("lora_scale", "corrected") and points:
             known = {point["w"] for point in points}
-            points += [point for point in self.points("rlg") if point["w"] in {0, 1} - known]
+            points += [point for point in self.points("rlg") if point["w"] in self.named.keys() - known]
         return sorted(points, key=lambda point: point["w"])
-
-    @property
-    def scale(self) -> float:
-        """W of a blend, 1 for others."""
-        return self.summary["meta"].get("blend_scale", 1.0)
 
     def best(self, reward: str) -> dict[str, Any]:
         """The guided point of the highest mean."""
@@ -163,7 +160,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     handles: dict[str, Any] = {}
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(lines, columns, i + 1)
-        _dress(axes, panel, runs[0] if len(runs) == 1 else None)
+        _dress(axes, panel, runs)
         for r, run in enumerate(runs):
             for mode in MODE_NAMES:
                 if run.is_blend and (mode in ("rlg", "morl") or (mode == EXPERT and run.scale == 1)):
@@ -192,14 +189,20 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     return panels
 
 
-def _dress(axes: Axes, panel: Panel, run: Run | None) -> None:
+def _named(runs: Sequence[Run]) -> dict[float, str]:
+    """What a w is in all the runs."""
+    return {w: name for w, name in runs[0].named.items() if all(run.named.get(w) == name for run in runs)}
+
+
+def _dress(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     axes.set_title(panel.title)
     axes.tick_params(length=0)
     axes.margins(x=0.06, y=0.12)
-    weight = f"weight λ of {run.summary['meta']['experts'][1]}" if run and run.is_blend else "guidance weight w"
+    one_blend = len(runs) == 1 and runs[0].is_blend
+    weight = f"weight λ of {runs[0].summary['meta']['experts'][1]}" if one_blend else "guidance weight w"
     axes.set_xlabel(weight if panel.x == "w" else "path KL to the base (nats)")
     if panel.x == "w":
-        for w, name in (run.ends if run else {0: "base", 1: "tuned"}).items():
+        for w, name in _named(runs).items():
             axes.axvline(w, color=MUTED, linewidth=0.7, zorder=1)
             above = axes.get_xaxis_transform()
             axes.text(w, 1.02, name, transform=above, ha="center", va="bottom", fontsize=8.5, color=MUTED)
@@ -251,16 +254,6 @@ def _draw_fall(axes: Axes, panel: Panel, falls: Mapping[str, Any]) -> None:
         axes.axvline(fall["w"], color=FALL, linewidth=1.2, linestyle=":", zorder=1)
         above = axes.get_xaxis_transform()
         axes.text(fall["w"], 0.02, " falls", transform=above, ha="left", va="bottom", fontsize=8.5, color=FALL)
-
-
-def inline_svg(svg: str) -> str:
-    """The <svg> element, its colours as CSS variables (it follows the page into the dark), its cursors left to CSS."""
-    svg = re.sub(r'; stroke-opacity: 0(?=[;"])', "", svg[svg.index("<svg") :])
-    names = {INK: "ink", MUTED: "muted", GRID: "line", FALL: "bad", "#ffffff": "panel"}
-    names |= {colour: f"c{i}" for i, colour in enumerate(PALETTE)}
-    for colour, name in names.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
 
 
 def read_tiles(run: Run) -> list[Tile]:
@@ -320,36 +313,26 @@ def _write(output: Path, runs: Sequence[Run], tiles: Sequence[Tile], summary: Ma
     output.mkdir(parents=True, exist_ok=True)
     (output / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     with matplotlib.rc_context(STYLE):
-        figure = draw_curves(runs)
-        figure.savefig(output / "curves.png", dpi=150)
-        figure.savefig(output / "curves.svg", metadata=_NO_DATE, transparent=True)
-        if len(runs) == 1 and runs[0].is_blend:
-            front = pareto.draw_front(summary)
-            front.savefig(output / "pareto.png", dpi=150)
-            front.savefig(output / "pareto.svg", metadata=_NO_DATE, transparent=True)
-    page = output / "report.html"
-    names = [name for name in ("curves", "pareto") if name == "curves" or (len(runs) == 1 and runs[0].is_blend)]
-    html = _render(runs, tiles, {name: (output / f"{name}.svg").read_text(encoding="utf-8") for name in names})
-    page.write_text(html, encoding="utf-8", errors="replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
-    return page
-
-
-def _render(runs: Sequence[Run], tiles: Sequence[Tile], figures: Mapping[str, str]) -> str:
+        curves = save(draw_curves(runs), output / "curves")
+        front = save(pareto.draw_front(summary), output / "pareto") if len(runs) == 1 and runs[0].is_blend else None
     swept = runs[0].curve(runs[0].sweep)
     stops = sorted({w for tile in tiles for w in tile.frames}) or [point["w"] for point in swept]
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
-    return environment.get_template("report.html.template").render(
+    html = render(
+        "report.html.template",
         runs=runs,
         tiles=tiles,
         stops=stops if len(runs) == 1 else [],
         rewards=reward_names(runs),
         mode_names=MODE_NAMES,
+        named=_named(runs),
         swept=swept,
         symbol="λ" if runs[0].is_blend else "w",
-        curves=inline_svg(figures["curves"]),
-        front=inline_svg(figures["pareto"]) if "pareto" in figures else None,
+        curves=curves,
+        front=front,
     )
+    page = output / "report.html"
+    page.write_text(html, encoding="utf-8", errors="replace")  # JSON can hold half a surrogate pair, UTF-8 cannot
+    return page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

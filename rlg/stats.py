@@ -236,6 +236,8 @@ def summarise(rows: Sequence[Row], meta: Mapping[str, Any]) -> dict[str, Any]:
     for row in rows:
         points[row.mode, row.w].append(row)
     references = {"tuned": points.get(("rlg", 1.0), []), "base": points.get(("rlg", 0.0), [])}
+    if not has_base(meta):
+        references["base"] = []
     return {
         "base": meta["base"],
         "adapter": meta["adapter"],
@@ -247,6 +249,11 @@ def summarise(rows: Sequence[Row], meta: Mapping[str, Any]) -> dict[str, Any]:
             if name not in meta.get("trained_rewards", rows[0].rewards)
         },
     }
+
+
+def has_base(meta: Mapping[str, Any]) -> bool:
+    """Whether w = 0 is the base: under a schedule of w that is not constant, some steps are the tuned model's."""
+    return meta.get("schedule", "constant") == "constant"
 
 
 def first_fall(sweep: Mapping[float, Sequence[Row]], reward: str) -> dict[str, Any] | None:

@@ -310,6 +310,7 @@ def test_rlg_by_draws(policy: Policy) -> None:
         ({"blend_scale": float("nan")}, "must be finite"),
         ({"modes": ("rlg",)}, "unknown mode 'rlg'; known: blend, blend_ls, soup"),
         ({"origin": "x"}, "does not go with --blend"),
+        ({"schedule": "linear_up"}, "--schedule linear_up does not go with --blend"),
     ],
 )
 def test_settings_are_checked(changes: dict, message: str) -> None:

@@ -83,6 +83,15 @@ def test_the_command_chooses_w_and_says_so(
     assert {r.w for r in rows} == {0.0, 1.0, w}
     spent = [r.kl for r in rows if r.w == w]
     assert 0.9 * budget < sum(spent) / len(spent) <= budget
+    scheduled = [*arguments, "--sampler", "sde", "--schedule", "linear_down", "--output", str(tmp_path / "down")]
+    evaluate.main([*scheduled, "--kl_budget", str(budget)])
+    points = {p["w"]: p for p in json.loads((tmp_path / "down" / "summary.json").read_text())["points"]}
+    chosen = json.loads((tmp_path / "down" / "meta.json").read_text())["chosen"]["w"]
+    assert points.keys() == {0.0, 1.0, chosen} and chosen > w and points[0.0]["kl"] > 0  # w = 0 is not the base
+    assert 0.9 * budget < points[chosen]["kl"] <= budget
+    with pytest.raises(SystemExit):
+        evaluate.main([*scheduled, "--min_ess", "0.5"])
+    assert "leave out --schedule linear_down" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         evaluate.main([*arguments, "--sampler", "ode", "--kl_budget", "1", "--output", str(tmp_path / "ode")])
     assert stopped.value.code == 2 and "needs a stochastic sampler" in capsys.readouterr().err

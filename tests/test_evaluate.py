@@ -118,3 +118,16 @@ def test_a_trained_reward_with_a_source_is_not_taken_for_held_out(
     summary = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert summary["meta"]["trained_rewards"] == ["jpeg_compressibility"]
     assert summary["falls"].keys() == {"jpeg_incompressibility"}
+
+
+def test_a_schedule_of_w_has_its_own_folder_and_no_base(checkpoint: Path) -> None:
+    arguments = ["--ckpt", str(checkpoint), "--k", "1", "--num_prompts", "2", "--images", "1", "--modes", "rlg"]
+    evaluation.main([*arguments, "--scales", "0", "1", "2", "--schedule", "interval:.0:0.990"])
+    folder = checkpoint.parent / "eval" / "checkpoint-3-sde2-cfg1-seed0-interval_0_0.99"
+    assert json.loads((folder / "meta.json").read_text())["schedule"] == "interval:0:0.99"
+    points = {p["w"]: p for p in json.loads((folder / "summary.json").read_text())["points"]}
+    assert [points[w]["nfe_per_image"] for w in (0.0, 1.0, 2.0)] == [2, 2, 3]
+    reward = points[2.0]["rewards"]["jpeg_compressibility"]
+    assert reward["delta_vs_base"] is None and reward["delta_vs_tuned"] is not None  # w = 0 is not the base here
+    page = (folder / "report.html").read_text()
+    assert "<dt>tuned</dt>" in page and "<dt>base</dt>" not in page and 'data-go="0"' not in page

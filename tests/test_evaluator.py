@@ -102,6 +102,9 @@ def test_plan_leaves_out_what_is_done_and_redoes_groups_that_were_cut_off() -> N
         ({"modes": ("rlg", "magic")}, "unknown mode 'magic'; known: rlg, lora_scale, tuned_2x_steps"),
         ({"k": 0}, "must be at least 1"),
         ({"steps": 0}, "must be at least 1"),
+        ({"schedule": "linear"}, "unknown schedule of w 'linear'"),
+        ({"schedule": "linear_up", "modes": ("corrected",)}, "mode corrected is for a w that stays"),
+        ({"schedule": "linear_up", "modes": ("rlg_ls",), "scales": (0.5,)}, "mode rlg_ls is for a w that stays"),
     ],
 )
 def test_settings_are_checked(changes: dict, message: str) -> None:
@@ -253,6 +256,30 @@ def test_network_evaluations_are_counted_as_they_are_made(
     assert sum(made) == 6 * factor * 4  # its KL needs the base too
 
 
+def test_an_interval_without_steps_is_the_tuned_model_and_one_with_all_is_constant(
+    policies: Callable[[str], Policy],
+) -> None:
+    policy, unit = policies("sd3"), [*jobs(0.5), *jobs(2.0)]
+    tuned, constant = evaluator(policy).generate(jobs(1.0)), evaluator(policy).generate(unit)
+    none, everywhere = (evaluator(policy, schedule=f"interval:0:{high}").generate(unit) for high in (0, 1))
+    torch.testing.assert_close(none.pixels_B3HW, tuned.pixels_B3HW.repeat(2, 1, 1, 1), rtol=0, atol=1e-5)
+    assert torch.equal(everywhere.pixels_B3HW, constant.pixels_B3HW)
+    assert (none.nfe_B.tolist(), everywhere.nfe_B.tolist()) == ([2] * 8, [4] * 8)  # outside: one pass
+    some = evaluator(policy, schedule="interval:0:0.99", sampler="ode").generate(unit)
+    assert some.nfe_B.tolist() == [3] * 8
+    torch.testing.assert_close(none.kl_B, tuned.kl_B.repeat(2), rtol=1e-3, atol=1e-6)
+
+
+def test_a_linear_schedule_is_neither_constant_nor_the_tuned_model(policies: Callable[[str], Policy]) -> None:
+    policy, unit = policies("sd3"), jobs(3.0)
+    forms = ("constant", "linear_down", "linear_up", "interval:0:0")
+    found = [evaluator(policy, schedule=form, steps=4, sampler="ode").generate(unit) for form in forms]
+    assert [images.nfe_B.tolist() for images in found] == [[8] * 4, [8] * 4, [7] * 4, [4] * 4]  # up starts at w = 1
+    assert [images.log_weight_B is None for images in found] == [False, True, True, True]  # the formula's w stays
+    pixels = [images.pixels_B3HW for images in found]
+    assert min(float((a - b).abs().max()) for i, a in enumerate(pixels) for b in pixels[:i]) > 1e-3
+
+
 def test_diversity_by_hand() -> None:
     grey = torch.tensor([0.0, 0.5, 1.0, 0.3, 0.7, 0.2])[:, None, None, None].expand(6, 3, 32, 32)
     groups = [(0, 1.0), (0, 1.0), (0, 1.0), (1, 1.0), (1, 2.0), (1, 1.0)]
@@ -356,6 +383,15 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     prepare_folder(folder, meta | {"steps": 20}, overwrite=True)
     assert [f.name for f in folder.rglob("*") if f.is_file()] == ["meta.json"]
     assert json.loads((folder / "meta.json").read_text())["steps"] == 20
+
+
+def test_a_folder_from_before_a_setting_goes_on_without_it(tmp_path: Path) -> None:
+    prepare_folder(tmp_path, meta := {"base": "tiny-sd3"}, overwrite=False)
+    prepare_folder(tmp_path, meta | {"schedule": "constant", "chosen": None, "origin": None}, overwrite=False)
+    with pytest.raises(ValueError, match=r"another chosen \(None, not {'w': 2}\)"):
+        prepare_folder(tmp_path, meta | {"chosen": {"w": 2}}, overwrite=False)
+    with pytest.raises(ValueError, match=r"another schedule \('constant', not 'linear_up'\)"):
+        prepare_folder(tmp_path, meta | {"schedule": "linear_up"}, overwrite=False)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from rlg.backbones import Conditioning
 from rlg.guidance import Guided, check_finite, interval, rlg, with_cfg
 from rlg.policy import Policy
+from rlg.process import make_schedule
 from rlg.sampling import SampleId, SampleNoise, sample
+from rlg.weight_schedule import WeightSchedule
 
 PROMPTS = ("a red circle", "two blue crosses", "a green square")
 
@@ -196,3 +199,86 @@ def test_cfg_of_scale_one_is_the_bare_predictor() -> None:
     predict = with_cfg(network, Conditioning({"row": torch.tensor([-5])}), 1.0)
     predict(*batch())
     assert network.calls == [[0, 1, 2, 3]]
+
+
+# --- schedules of w (rlg.weight_schedule)
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+ALPHAS = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def weights(text: str, config: dict, w: float, steps: int = 5) -> list[float]:
+    """w at each step."""
+    schedule = make_schedule(config, steps)
+    weight = WeightSchedule.parse(text).over(schedule, torch.tensor([w]))
+    return [float(weight(t)) if callable(weight) else float(weight) for t in schedule.t.tolist()]
+
+
+@pytest.mark.parametrize("config", [FLOW, ALPHAS], ids=["flow", "ddim"])
+def test_schedules_of_w_follow_their_formulas(config: dict) -> None:
+    t, w = make_schedule(config, 5).t.tolist(), 3.0
+    share = [time / t[0] for time in t]
+    assert weights("constant", config, w) == [3.0] * 5
+    assert weights("linear_down", config, w) == pytest.approx([1 + s * 2 for s in share])
+    assert weights("linear_up", config, w) == pytest.approx([3 - s * 2 for s in share])
+    assert weights("linear_down", config, w)[0] == 3.0 and weights("linear_up", config, w)[0] == 1.0  # exactly
+    assert weights("linear_down", config, w) == sorted(weights("linear_down", config, w), reverse=True)
+    for text in ("constant", "linear_down", "linear_up", "interval:0.2:0.7"):
+        assert weights(text, config, 1.0) == [1.0] * 5
+
+
+def test_an_interval_is_open_below_and_closed_above() -> None:
+    """A step at each thousandth; fp32 stores 0.6 and 0.2 a little too large."""
+    even = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}
+    schedule = make_schedule(even, 1000)
+    sigma = schedule.sigma[:-1].tolist()
+    shares = WeightSchedule.parse("interval:0.2:0.6").shares(schedule)
+    inside = [round(s, 3) for s, share in zip(sigma, shares, strict=True) if share]
+    assert (inside[0], inside[-1], len(inside)) == (0.6, 0.201, 400)
+    assert weights("interval:0.5:0.5", even, 3.0) == [1.0] * 5  # empty
+    assert weights("interval:0:1", even, 3.0) == [3.0] * 5
+
+
+def test_an_interval_of_noise_levels_reads_sigma_and_not_t() -> None:
+    sigma = make_schedule(ALPHAS, 5).sigma[:-1].tolist()
+    assert weights("interval:0.5:0.9", ALPHAS, 3.0) == [3.0 if 0.5 < s <= 0.9 else 1.0 for s in sigma]
+    assert len(set(weights("interval:0.5:0.9", ALPHAS, 3.0))) == 2
+
+
+def test_samples_of_a_batch_keep_their_own_w_under_a_schedule() -> None:
+    schedule, w_B = make_schedule(FLOW, 4), torch.tensor([0.0, 1.0, 3.0, -1.0])
+    base, tuned = Recorder(1.0), Recorder(3.0)
+    guided = rlg(base, tuned, WeightSchedule.parse("interval:0:0.9").over(schedule, w_B))
+    first, last = schedule.t[0].item(), schedule.t[-1].item()
+    x, _, cond = batch()
+    guided(x, torch.full((4,), first), cond)
+    assert (base.calls, tuned.calls) == ([], [[0, 1, 2, 3]])  # outside: the tuned model alone
+    assert guided.passes(first, 4).tolist() == [1] * 4
+    out = guided(x, torch.full((4,), last), cond)
+    assert base.calls == [[0, 2, 3]] and guided.passes(last, 4).tolist() == [1, 1, 2, 2]
+    rows = torch.arange(4.0).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(out, x * (1 + 2 * w_B).reshape(-1, 1, 1, 1) + rows)
+
+
+@pytest.mark.parametrize("text", ["constant", "linear_up", "linear_down", "interval:0.25:0.8"])
+def test_a_schedule_reads_back_as_it_is_written(text: str) -> None:
+    assert str(WeightSchedule.parse(text)) == text
+    assert str(WeightSchedule.parse("interval:.250:0.80")) == "interval:0.25:0.8"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("linear", "unknown schedule of w 'linear'; known: constant, interval:LOW:HIGH, linear_down, linear_up"),
+        ("constant:2", "unknown schedule"),
+        ("interval", "unknown schedule"),
+        ("interval:0.5", "unknown schedule"),
+        ("interval:a:b", "must be numbers"),
+        ("interval:0.8:0.2", "0 <= LOW <= HIGH <= 1"),
+        ("interval:100:400", "0 <= LOW <= HIGH <= 1"),
+        ("interval:nan:1", "0 <= LOW <= HIGH <= 1"),
+    ],
+)
+def test_a_schedule_with_mistakes_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WeightSchedule.parse(text)

@@ -336,5 +336,5 @@ def test_an_evaluator_refuses_what_its_policy_has_not(finetuned: Callable[[str],
             evaluator.Evaluator(policy, None, [], settings)
     finally:
         policy.tuned = None
-    assert evaluate.modes_of(None, full=True) == (MODES[0], MODES[2])
-    assert evaluate.modes_of(None, full=False) == MODES
+    assert evaluator.modes_of(None, full=True) == (MODES[0], MODES[2])
+    assert evaluator.modes_of(None, full=False) == MODES[:3]
