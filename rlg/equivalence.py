@@ -18,6 +18,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class Slope:
-    """dE / dKL of the oracle at a beta, which it should equal."""
+    """dE / dKL of the oracle at a beta, or of guidance between two w on the paths' KL: the beta it should equal."""
 
     beta: float
     slope: Estimate
-    ess: float
+    ess: float | None = None  # of the oracle
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Result:
     points: list[Point]
     trained: list[Trained]
     slopes: list[Slope]
+    guided_slopes: list[Slope]  # between neighbouring w, where beta / w is that of their middle
     frontier: list[tuple[float, float, float, float]]  # (beta, reward, KL, ess) along the oracle
     matched_beta: float  # whose oracle scores what the tuned model does
     base: Estimate
@@ -204,9 +206,16 @@ def analyse(
     ]
     betas = [beta * factor for factor in (4.0, 2.0, 1.0, 1 / 1.5, 1 / 2, 1 / 3)]
     slopes = [Slope(b, oracle.slope(b), oracle.ess(b)) for b in betas]
+    spent = {w: oracle.images(table_of(guided, "kl", w)) for w in rewards if points[0].path_kl and w >= 0}
+    steps = [
+        Slope(2 * beta / (a + b), oracle.estimate(rewards[b] - rewards[a], spent[b] - spent[a]))
+        for a, b in pairwise(sorted(spent))
+    ]
     grid = beta * np.geomspace(20, 0.2, 41)
     frontier = [(float(b), *(float(values.mean()) for values in tilted(oracle.reward_PN, b))) for b in grid]
-    return Result(points, others, slopes, frontier, matched, oracle.estimate(oracle.base()), len(oracle.reward_PN))
+    return Result(
+        points, others, slopes, steps, frontier, matched, oracle.estimate(oracle.base()), len(oracle.reward_PN)
+    )
 
 
 def draw_rows(
@@ -261,6 +270,9 @@ def markdown(experiment: Experiment, result: Result) -> str:
         )
     lines += ["", "| oracle's slope at beta | dE / dKL | ESS |", "|---|---|---|"]
     lines += [f"| {s.beta:.3g} | {cell(s.slope, '.4f')} | {s.ess:.0f} |" for s in result.slopes]
+    if result.guided_slopes:
+        lines += ["", "| guidance, beta / w | dE / dKL of the paths |", "|---|---|"]
+        lines += [f"| {s.beta:.3g} | {cell(s.slope, '.4f')} |" for s in result.guided_slopes]
     if result.trained:
         lines += ["", "| trained | beta | reward | oracle at its beta | path KL |", "|---|---|---|---|---|"]
         lines += [

@@ -71,6 +71,14 @@ def test_the_frontier_has_slope_beta_where_the_oracle_has_samples() -> None:
         assert slope.slope.low * 0.999 <= slope.beta <= slope.slope.high * 1.001
 
 
+def test_the_slope_of_guidance_is_taken_between_neighbours() -> None:
+    """Rewards w g and path KLs (w g)^2 of the synthetic rows: between a and b the slope is 1 / (g (a + b))."""
+    gap = STD**2 / BETA
+    for slope, middle in zip(result().guided_slopes, (0.25, 0.75, 1.5), strict=True):
+        assert slope.beta == pytest.approx(BETA / middle)
+        assert slope.slope.mean == pytest.approx(1 / (2 * gap * middle), rel=0.15)
+
+
 # --- the commands
 
 
