@@ -26,9 +26,17 @@ def test_weights_by_hand() -> None:
 def test_loss_counts_samples_for_their_weight() -> None:
     out = torch.zeros(2, 1, 2, 2, requires_grad=True)
     target = torch.stack([torch.ones(1, 2, 2), 3 * torch.ones(1, 2, 2)])
-    loss, metrics = rwr_loss(out, target, torch.tensor([0.5, 1.5]))
-    assert loss.item() == pytest.approx(0.5 * (0.5 * 1 + 1.5 * 9))
-    assert metrics["error"].item() == pytest.approx(5.0)
+    anchor = torch.full((2, 1, 2, 2), 2.0)
+    loss, metrics = rwr_loss(out, target, anchor, torch.tensor([0.5, 1.5]))
+    assert loss.item() == pytest.approx(0.5 * (-0.5 * 1 + 0.5 * 9) + 4)
+    assert (metrics["error"].item(), metrics["moved"].item()) == pytest.approx((5.0, 4.0))
+
+
+def test_equal_weights_leave_the_base_where_it_is() -> None:
+    """Whatever the samples are: no sampler's images are quite those that the network was trained on."""
+    out = torch.randn(3, 1, 2, 2, requires_grad=True)
+    rwr_loss(out, torch.randn(3, 1, 2, 2), out.detach(), torch.ones(3))[0].backward()
+    assert not out.grad.any()
 
 
 @pytest.mark.parametrize("name", ["eps", "flow"])
@@ -40,10 +48,14 @@ def test_its_minimum_is_the_denoiser_of_the_tilted_law(name: str) -> None:
     weight_B = tilted_weights(x0.flatten(), torch.zeros(count), beta)
     rows_B, table = torch.full((count,), 500), process.process_from_config(PROCESSES[name])
     x_t, target = process.noise(table, rows_B, x0, noise)
-    root_B1 = weight_B.sqrt()[:, None].double()
-    design = torch.stack([torch.ones(count), x_t.flatten()], dim=1).double()
-    fit = torch.linalg.lstsq(root_B1 * design, root_B1.flatten() * target.flatten().double()).solution
-    at, t_B = torch.tensor([0.0, 1.0, 2.0]), table.time[rows_B[:3]]
+    t_B, base = table.time[rows_B], Mixture.of((1.0, 0.0, 1.0)).predictor(PROCESSES[name])
+    fit = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # out = fit[0] + fit[1] x_t; the loss is quadratic
+    out = (fit[0] + fit[1] * x_t.double().flatten())[:, None, None, None]
+    loss, _ = rwr_loss(out, target.double(), base(x_t, t_B, None).double(), weight_B.double())
+    (slope,) = torch.autograd.grad(loss, fit, create_graph=True)
+    curvature = torch.stack([torch.autograd.grad(s, fit, retain_graph=True)[0] for s in slope])
+    fit = -torch.linalg.solve(curvature, slope.detach())
+    at, t_B = torch.tensor([0.0, 1.0, 2.0]), t_B[:3]
     exact = Mixture.of((1.0, 1 / beta, 1.0)).predictor(PROCESSES[name])(at[:, None, None, None], t_B, None)
     assert (fit[0] + fit[1] * at).tolist() == pytest.approx(exact.flatten().tolist(), abs=0.03)
 

@@ -1,16 +1,20 @@
 """Reward-weighted regression: a direct fit to p_base exp(R / beta), whose KL coefficient is known.
 
-    L = E_prompt E_group[ W |out(x_t) - target|^2 ],   W = K exp(R / beta) / sum_group exp(R / beta)
+    L = E_prompt E_group[ (W - 1) |out(x_t) - target|^2 + |out(x_t) - out_base(x_t)|^2 ]
+    W = K exp(R / beta) / sum_group exp(R / beta)
 
 x0 are K samples of the base a prompt, by its own sampler; the target is that of pretraining, at random noise levels.
-The minimum is the denoiser of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so
-that beta means what it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal,
+Where the base is the denoiser of its samples, L is W |out - target|^2 up to a constant, and its minimum is the denoiser
+of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so that beta means what it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal,
 2007; Lee et al., arXiv 2302.12192, for diffusion.) With `on_policy` the samples are the trained model's own, and each
 round tilts once more: expert iteration, after which beta is known no longer.
 
-1. W is normalised within the group: with K samples it is biased towards equal weights, the less the larger the
+1. The base in the loss is a control variate: without it W = 1 would not leave the base alone, as no sampler's images
+   are quite those that a network was trained on, and that drift was thousands of nats where the reward asks for half
+   of one. It also takes most of the noise out of the gradient, which W close to 1 then hardly has.
+2. W is normalised within the group: with K samples it is biased towards equal weights, the less the larger the
    effective share of the group, which is logged as `ess`.
-2. Rewards are not scaled, and `scale_rewards` and `advantage_clip` have no part in it.
+3. Rewards are not scaled, and `scale_rewards` and `advantage_clip` have no part in it.
 
     accelerate launch train_rwr.py --config configs/equivalence/rwr_sd3_compressibility.yaml
 """
@@ -55,17 +59,20 @@ def tilted_weights(reward_B: Tensor, group_B: Tensor, beta: float) -> Tensor:
     return weight_B * count_G[index_B] / total_G[index_B]
 
 
-def rwr_loss(out_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted mean squared error of the network's output, and its metrics."""
+def rwr_loss(
+    out_BCHW: Tensor, target_BCHW: Tensor, anchor_BCHW: Tensor, weight_B: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one noise level, and its metrics. anchor: the output of the policy that made the samples."""
     error_B = (out_BCHW - target_BCHW).square().flatten(1).mean(dim=1)
-    loss = (weight_B * error_B).mean()
-    return loss, {"loss": loss.detach(), "error": error_B.detach().mean()}
+    moved_B = (out_BCHW - anchor_BCHW).square().flatten(1).mean(dim=1)
+    loss = ((weight_B - 1) * error_B + moved_B).mean()
+    return loss, {"loss": loss.detach(), "error": error_B.detach().mean(), "moved": moved_B.detach().mean()}
 
 
 class RWRTrainer(DenoisingTrainer):
     """Sample the base, weigh, fit; see the module's docstring."""
 
-    shown = ("reward", "loss", "ess", "seconds_per_image")
+    shown = ("reward", "moved", "ess", "seconds_per_image")
     config: RWRConfig
 
     def evaluation_schedule(self) -> Schedule:
@@ -93,4 +100,6 @@ class RWRTrainer(DenoisingTrainer):
         _, t_B, x_t, target = self.noised(x0_BCHW, generator)
         with self.accelerator.autocast():
             out = self.policy.predict(x_t, t_B, cond).float()
-        return rwr_loss(out, target, advantage_B)
+            with torch.no_grad():
+                anchor = out.detach() if self.config.on_policy else self.policy.reference(x_t, t_B, cond).float()
+        return rwr_loss(out, target, anchor, advantage_B)
