@@ -83,7 +83,7 @@ def test_rewards_are_not_scaled(tiny_online: Callable[..., OnlineTrainer]) -> No
 
 
 def test_it_learns(tiny_online: Callable[..., OnlineTrainer]) -> None:
-    trainer = tiny_online("rwr", beta=0.002, learning_rate=3e-3, num_train_steps=4, num_generations=8)
+    trainer = tiny_online("rwr", beta=0.002, learning_rate=6e-3, num_train_steps=4, num_generations=8)
     trainer.config.on_policy = True
-    rewards = [trainer.iteration()["reward"] for _ in range(12)]
+    rewards = [trainer.iteration()["reward"] for _ in range(16)]
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.005

@@ -4,10 +4,11 @@
     W = K exp(R / beta) / sum_group exp(R / beta)
 
 x0 are K samples of the base a prompt, by its own sampler; the target is that of pretraining, at random noise levels.
-Where the base is the denoiser of its samples, L is W |out - target|^2 up to a constant, and its minimum is the denoiser
-of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so that beta means what it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal,
-2007; Lee et al., arXiv 2302.12192, for diffusion.) With `on_policy` the samples are the trained model's own, and each
-round tilts once more: expert iteration, after which beta is known no longer.
+Where the base is the denoiser of its own samples, L is W |out - target|^2 up to a constant, and its minimum is the
+denoiser of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so that beta means what
+it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal, 2007; Lee et al.,
+arXiv 2302.12192, for diffusion.) With `on_policy` the samples, and the base of the loss, are the trained model's own,
+and each round tilts once more: expert iteration, after which beta is known no longer.
 
 1. The base in the loss is a control variate: without it W = 1 would not leave the base alone, as no sampler's images
    are quite those that a network was trained on, and that drift was thousands of nats where the reward asks for half
