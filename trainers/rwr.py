@@ -5,8 +5,8 @@
 
 x0 are K samples of the base a prompt, by its own sampler; the target is that of pretraining, at random noise levels.
 Where the base is the denoiser of its own samples, L is W |out - target|^2 up to a constant, and its minimum is the
-denoiser of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so that beta means what
-it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal, 2007; Lee et al.,
+denoiser of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so that beta means
+what it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal, 2007; Lee et al.,
 arXiv 2302.12192, for diffusion.) With `on_policy` the samples, and the base of the loss, are the trained model's own,
 and each round tilts once more: expert iteration, after which beta is known no longer.
 
