@@ -14,6 +14,8 @@ run() {
 }
 
 run python -m rlg.equivalence --toy
+run accelerate launch train_rwr.py --config configs/equivalence/rwr_sd3_compressibility.yaml --beta 0.065 \
+    --name tiny-sd3-rwr-compressibility-half
 for name in sd3_compressibility sd3_composition sd_compressibility sd_composition; do
     run accelerate launch train_rwr.py --config "configs/equivalence/rwr_$name.yaml"
     run python -m rlg.equivalence --config "configs/equivalence/tiny_$name.yaml"
