@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from rlg.stats import Estimate
 from rlg.style import INK, MUTED, PALETTE
@@ -42,27 +43,27 @@ def _bars(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], scale: 
 def _plane(axes: Axes, experiment: Experiment, result: Result) -> None:
     axes.set_title(f"{experiment.reward} against KL")
     axes.set_xlabel("KL to the base (nats): oracle of images, models of paths")
-    furthest = max(p.path_kl.mean for p in result.points if p.path_kl) if result.points[0].path_kl else np.inf
-    table = np.array([row for row in result.frontier if row[2] <= max(furthest, 0.1)])
-    solid = table[table[:, 3] >= TRUSTED]
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.axhline(result.base.mean, color=MUTED, linewidth=0.7, label="base")
+    table = np.array([row for row in result.frontier if row[2] > 1e-3])
+    trusted = table[table[:, 3] >= TRUSTED]
     axes.plot(table[:, 2], table[:, 1], color=INK, linewidth=1.2, linestyle=":")
-    axes.plot(solid[:, 2], solid[:, 1], color=INK, linewidth=1.8, label=f"oracle (ESS ≥ {TRUSTED} solid)")
-    known = [p for p in result.points if p.path_kl]
-    if known:
-        _bars(
-            axes, [p.path_kl.mean for p in known], [p.reward for p in known], color=GUIDED, marker="o", label="guided"
-        )
-    for p in known:
-        place = (p.path_kl.mean, p.reward.mean)
-        axes.annotate(f"w = {p.w:g}", place, xytext=(5, -11), textcoords="offset points", fontsize=8, color=MUTED)
+    axes.plot(trusted[:, 2], trusted[:, 1], color=INK, linewidth=1.8, label=f"oracle (ESS ≥ {TRUSTED} solid)")
+    known = [p for p in result.points if p.w and p.path_kl]
     others = [t for t in result.trained if t.path_kl]
-    if others:
-        look = {"color": OTHER, "marker": "D", "linestyle": "none", "label": "trained at its own β"}
-        _bars(axes, [t.path_kl.mean for t in others], [t.reward for t in others], **look)
-    for t in others:
-        place, text = (t.path_kl.mean, t.reward.mean), f"{t.name}, β = {t.beta:g}"
-        axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=8, color=OTHER)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    for group, look in (
+        (known, {"color": GUIDED, "marker": "o", "label": "guided"}),
+        (others, {"color": OTHER, "marker": "D", "linestyle": "none", "label": "trained at its own β"}),
+    ):
+        if group:
+            _bars(axes, [each.path_kl.mean for each in group], [each.reward for each in group], **look)
+    names = [(p, f"w = {p.w:g}", MUTED) for p in known] + [(t, f"{t.name} = {t.beta:g}", OTHER) for t in others]
+    for each, text, colour in names:
+        place = (each.path_kl.mean, each.reward.mean)
+        axes.annotate(text, place, xytext=(-6, 5), textcoords="offset points", fontsize=8, color=colour, ha="right")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def _along(axes: Axes, experiment: Experiment, result: Result) -> None:
