@@ -40,8 +40,11 @@ if given.get("a") == "3" and (folder.parent / "slow").exists() and "--resume" no
     stopped = []
     signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
     (folder / "began").touch()
+    deadline = time.monotonic() + 15
     while not stopped:
         time.sleep(0.01)
+        if time.monotonic() > deadline:
+            sys.exit("nobody stopped it")
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "state.json").write_text("{}")
     sys.exit(0)
@@ -303,7 +306,10 @@ def test_ctrl_c_stops_in_order_and_the_same_command_resumes(here: Path) -> None:
     while not (here / "out" / "run-002" / "began").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     said = [line for line in re.split(r"[\r\n]+", err) if line.strip() and "run/s" not in line and "s/run" not in line]
     assert len(said) == 1 and said[0].startswith("interrupted; the same command goes on")
