@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-CONFIG = "config.yaml"
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 _FROM_RUN = {  # evaluation option: training option that it defaults to
     "prompts": "eval_prompts",
     "rewards": "reward",

@@ -4,6 +4,7 @@ A blend of two experts also gets pareto.png and pareto.svg, its w is lambda, and
 
     python -m rlg.report runs/NAME/eval/ID                     # files beside the scores
     python -m rlg.report runs/A/eval/ID runs/B/eval/ID         # one joint page, curves overlaid
+    python -m rlg.report runs/A runs/B runs/sweeps/X           # training runs and sweeps: see rlg.report_runs
 
 The page is one file that makes no network request. Its only script toggles a class on whatever carries the w under the
 slider: images, readouts, table rows, cursors in the curves. The numbers come from `rlg.stats.summarise`.
@@ -338,11 +339,27 @@ def _write(output: Path, runs: Sequence[Run], tiles: Sequence[Tile], summary: Ma
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; prints the page's path."""
     parser = Parser(prog="python -m rlg.report", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="EVAL_DIR", help="holds scores.jsonl and meta.json")
-    parser.add_argument("--output", type=Path, help="where to write (default: EVAL_DIR, or `report` beside the first)")
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="DIR", help="evaluations; or training runs, sweeps, with evaluations")
+    add(
+        "--output",
+        type=Path,
+        help="where to write (default: an evaluation's folder, or `report` in or beside the first)",
+    )
+    add(
+        "--metric",
+        help="key of metrics.jsonl that training runs are compared by (default: the sweep's, or the reward)",
+    )
     options = parser.parse_args(arguments)
     with fail_cleanly():
-        if len(options.folders) == 1:
+        from rlg.report_runs import is_run, write_runs_report  # which reads evaluations by this module
+        from rlg.sweep_folder import is_sweep
+
+        if any(is_run(folder) or is_sweep(folder) for folder in options.folders):
+            print(write_runs_report(options.folders, options.output, options.metric))
+        elif options.metric is not None:
+            raise ValueError("--metric compares training runs, and only evaluations are given")
+        elif len(options.folders) == 1:
             print(write_report(options.folders[0], options.output))
         else:
             print(write_joint_report(options.folders, options.output))

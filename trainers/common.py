@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from rlg import prompts as prompt_sets
 from rlg.cli import stop
-from rlg.config import CONFIG
+from rlg.config import CONFIG, METRICS
 from rlg.policy import Policy
 
-METRICS = "metrics.jsonl"
 SAMPLES = "samples"
 _COMMAND = ("resume", "overwrite", "dry_run")  # what to do, and no part of what a run is
 

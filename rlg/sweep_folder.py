@@ -1,0 +1,142 @@
+"""A local sweep's folder: which runs there are, what each was given, and how it ended.
+
+sweep.json   {"config": the sweep file's content, "seed", "runs": [SweepRun]}   what the sweep goes on from
+sweep.csv    a row a run: run, status, the metric by its name, the parameters, seconds, folder, error
+run-000/     what the program wrote (RLG_SWEEP_DIR/RLG_SWEEP_RUN)
+logs/        run-000.out and run-000.err
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlg.config import METRICS
+
+SWEEP, TABLE, LOGS = "sweep.json", "sweep.csv", "logs"
+RUNNING, FINISHED, FAILED, INTERRUPTED = STATUSES = ("running", "finished", "failed", "interrupted")
+_DECIDES = ("program", "command", "method", "metric", "parameters")  # another of these is another sweep
+BEST = "best/"  # metric of an evaluation: best/REWARD is the highest mean of the guided points
+
+
+@dataclass
+class SweepRun:
+    """One run of a sweep."""
+
+    name: str  # of its folder
+    parameters: dict[str, Any]
+    status: str = RUNNING
+    metric: float | None = None  # None: not known
+    seconds: float = 0.0  # wall time, over all attempts
+    error: str = ""  # last line of a failed run's stderr
+
+
+@dataclass
+class Sweep:
+    """The content of sweep.json."""
+
+    config: dict[str, Any]
+    seed: int
+    runs: list[SweepRun] = field(default_factory=list)
+
+    @property
+    def metric(self) -> str | None:
+        """Name of the metric."""
+        return (self.config.get("metric") or {}).get("name")
+
+    @property
+    def maximise(self) -> bool:
+        """Whether more of the metric is better; W&B's default is less."""
+        return (self.config.get("metric") or {}).get("goal") == "maximize"
+
+    def best(self) -> SweepRun | None:
+        """The run with the best metric, if one has it."""
+        known = [run for run in self.runs if run.metric is not None]
+        return max(known, key=lambda run: run.metric if self.maximise else -run.metric, default=None)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether `rlg.sweep` wrote the folder."""
+    return (folder / SWEEP).is_file()
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep of a folder. Raises ValueError for a file that is none."""
+    file = folder / SWEEP
+    try:
+        row = json.loads(file.read_bytes())
+        return Sweep(row["config"], row["seed"], [SweepRun(**run) for run in row["runs"]])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no sweep's: {error}") from error
+
+
+def open_sweep(folder: Path, config: Mapping[str, Any], seed: int) -> Sweep:
+    """The sweep that a folder holds, to go on with, or a new one; writes nothing.
+
+    What was running when the sweep ended has been interrupted. Raises ValueError if the folder holds something else.
+    """
+    if not is_sweep(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no sweep; give --output another folder")
+        return Sweep(dict(config), seed)
+    sweep = read_sweep(folder)
+    changed = [key for key in _DECIDES if sweep.config.get(key) != config.get(key)]
+    changed += ["seed"] if sweep.seed != seed else []
+    if changed:
+        raise ValueError(f"{folder} holds a sweep with another {changed[0]}; give --output another folder")
+    for run in sweep.runs:
+        run.status = INTERRUPTED if run.status == RUNNING else run.status
+    return sweep
+
+
+def write_sweep(folder: Path, sweep: Sweep) -> None:
+    """Write sweep.json, whole or not at all, and sweep.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{SWEEP}.tmp"
+    temporary.write_text(json.dumps(asdict(sweep), indent=1) + "\n")
+    temporary.replace(folder / SWEEP)
+    names = list(dict.fromkeys(name for run in sweep.runs for name in run.parameters))
+    with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "status", sweep.metric or "metric", *names, "seconds", "folder", "error"])
+        for run in sweep.runs:
+            values = [run.parameters.get(name, "") for name in names]
+            metric = "" if run.metric is None else run.metric
+            writer.writerow(
+                [run.name, run.status, metric, *values, f"{run.seconds:.1f}", folder / run.name, run.error]
+            )
+
+
+def history(folder: Path, metric: str) -> list[float]:
+    """Finite values of a metric in a run's folder, in order; empty if it has none.
+
+    Of a training run they are those of metrics.jsonl; of an evaluation `best/REWARD` is the highest mean of the
+    points of guidance in summary.json.
+    """
+    rows: Sequence[Any] = read_metrics(folder / METRICS)
+    values = [row.get(metric) for row in rows]
+    summary = folder / "summary.json"
+    if metric.startswith(BEST) and summary.is_file():
+        points = [p for p in json.loads(summary.read_text())["points"] if p["mode"] == "rlg"]
+        reward = metric.removeprefix(BEST)
+        means = [p["rewards"][reward]["mean"] for p in points if reward in p["rewards"]]
+        values += [max(means)] if means else []
+    return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; none where there is no file. A line that was cut off is left out."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    return rows
