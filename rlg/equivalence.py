@@ -9,6 +9,8 @@ goes on where it was interrupted. It reports, with intervals, how far guidance w
 a share of the gap between base and tuned model: once with the beta that the model was trained at, and once with the
 beta whose oracle scores what the tuned model does, which leaves out how well training hit its own target.
 
+A guided reward is the base's mean over all its images, plus the paired difference to w = 0 from the same noise.
+
 KL: the oracle's is that of the images. That of guidance is of the sampler's path and bounds it from above.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -164,7 +167,8 @@ def analyse(
     """Numbers of an experiment from the rows of the base, of guidance, and of each other trained model at w = 1."""
     name, beta = experiment.reward, experiment.beta
     oracle = Oracle(table_of(base, name, 0.0), seed=experiment.seed)
-    rewards = {w: oracle.images(table_of(guided, name, w)) for w in experiment.scales}
+    start = table_of(guided, name, 0.0)
+    rewards = {w: oracle.base() + oracle.images(table_of(guided, name, w) - start) for w in experiment.scales}
     gap = rewards[1.0] - oracle.base()
     matched = oracle.matching(float(rewards[1.0][0].mean()))
 
@@ -198,7 +202,7 @@ def analyse(
         Trained(
             model["name"],
             float(model["beta"]),
-            oracle.estimate(oracle.images(table_of(rows, name, 1.0))),
+            oracle.estimate(oracle.base() + oracle.images(table_of(rows, name, 1.0) - start)),
             path_kl(rows, 1.0),
             oracle.estimate(oracle.at(float(model["beta"]))[0]),
         )
@@ -290,13 +294,22 @@ def measure(experiment: Experiment, reward: RewardMix, folder: Path) -> list[Pat
     prompts = prompt_sets.load(experiment.prompts)
     ids = prompt_sets.spread(prompts, experiment.num_prompts)
     result = analyse(experiment, *draw_rows(experiment, reward, prompts, ids, folder))
-    record = {"experiment": asdict(experiment), **asdict(result)}
+    record = _finite({"experiment": asdict(experiment), **asdict(result)})
     written = [folder / f"equivalence.{kind}" for kind in ("json", "md", "png")]
-    written[0].write_text(json.dumps(record, indent=1) + "\n")
+    written[0].write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     written[1].write_text(markdown(experiment, result))
     with matplotlib.rc_context(STYLE):
         draw(experiment, result).savefig(written[2], dpi=150)
     return written
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON does not know: beta / w at w = 0, a share of no gap."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def build_parser() -> Parser:

@@ -80,11 +80,16 @@ class Oracle:
         return np.concatenate([value_PK.mean(axis=1)[None], resampled_SP])
 
     def estimate(self, top_SP: Array, bottom_SP: Array | None = None) -> Estimate:
-        """Mean over prompts of (1 + S, P) values, or the ratio of two such means, over resampled prompts."""
+        """Mean over prompts of (1 + S, P) values, or the ratio of two such means, over resampled prompts.
+
+        A ratio is nan where its bottom is zero; resamples in which it is are left out of the interval.
+        """
         weight_SP = np.concatenate([np.ones((1, top_SP.shape[1])), self._prompts_SP])
-        value_S = (weight_SP * top_SP).sum(axis=1)
-        value_S = value_S / ((weight_SP if bottom_SP is None else weight_SP * bottom_SP).sum(axis=1))
-        low, high = np.percentile(value_S[1:], [2.5, 97.5])
+        top_S = (weight_SP * top_SP).sum(axis=1)
+        bottom_S = (weight_SP if bottom_SP is None else weight_SP * bottom_SP).sum(axis=1)
+        value_S = np.divide(top_S, bottom_S, out=np.full_like(top_S, np.nan), where=bottom_S != 0)
+        known_S = value_S[1:][np.isfinite(value_S[1:])]
+        low, high = np.percentile(known_S, [2.5, 97.5]) if len(known_S) else (np.nan, np.nan)
         return Estimate(float(value_S[0]), float(low), float(high))
 
     def slope(self, beta: float, step: float = 1.01) -> Estimate:
