@@ -59,10 +59,11 @@ def _plane(axes: Axes, experiment: Experiment, result: Result) -> None:
     ):
         if group:
             _bars(axes, [each.path_kl.mean for each in group], [each.reward for each in group], **look)
-    names = [(p, f"w = {p.w:g}", MUTED) for p in known] + [(t, f"{t.name} = {t.beta:g}", OTHER) for t in others]
-    for each, text, colour in names:
-        place = (each.path_kl.mean, each.reward.mean)
-        axes.annotate(text, place, xytext=(-6, 5), textcoords="offset points", fontsize=8, color=colour, ha="right")
+    left, right = {"xytext": (-6, 5), "ha": "right"}, {"xytext": (8, -11), "ha": "left"}
+    names = [(p, f"w = {p.w:g}", MUTED, left) for p in known] + [(t, t.name, OTHER, right) for t in others]
+    for each, text, colour, place in names:
+        at = (each.path_kl.mean, each.reward.mean)
+        axes.annotate(text, at, textcoords="offset points", fontsize=8, color=colour, **place)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
