@@ -333,8 +333,8 @@ def test_what_was_running_when_the_machine_went_down_is_taken_up_again(here: Pat
 
 def test_a_metric_that_no_run_has_is_said(here: Path) -> None:
     (here / "out" / SWEEP).unlink()
-    go("--runs", 1, config=GRID | {"metric": {"name": "scroe", "goal": "maximize"}})
-    assert table(here / "out")[0]["error"] == "it left no scroe"
+    go("--runs", 1, config=GRID | {"metric": {"name": "scorre", "goal": "maximize"}})
+    assert table(here / "out")[0]["error"] == "it left no scorre"
 
 
 def test_the_metric_of_an_evaluation_is_that_of_the_best_w(tmp_path: Path) -> None:
@@ -350,11 +350,11 @@ def test_the_metric_of_an_evaluation_is_that_of_the_best_w(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "gird"}, "method must be one of grid, random, bayes, got 'gird'"),
+        ({"method": "gridd"}, "method must be one of grid, random, bayes, got 'gridd'"),
         ({"program": "none.py"}, "no such program: none.py"),
         ({"program": None}, "program is needed"),
         ({"parameters": {}}, "parameters is needed"),
-        ({"parameters": {"a": {"vaules": [1]}}}, "invalid hyperparameter configuration: a"),
+        ({"parameters": {"a": {"valuess": [1]}}}, "invalid hyperparameter configuration: a"),
         ({"parameters": {"a": {"min": 2, "max": 1}}}, "a: min 2 is not less than max 1"),
         ({"parameters": {"a": {"min": 0.0, "max": 1.0}}}, "Parameter a is a disallowed type with grid search"),
         ({"method": "random"}, "method random does not end by itself; give --runs, or run_cap"),
