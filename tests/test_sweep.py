@@ -354,7 +354,7 @@ def test_the_metric_of_an_evaluation_is_that_of_the_best_w(tmp_path: Path) -> No
         ({"program": "none.py"}, "no such program: none.py"),
         ({"program": None}, "program is needed"),
         ({"parameters": {}}, "parameters is needed"),
-        ({"parameters": {"a": {"valuess": [1]}}}, "invalid hyperparameter configuration: a"),
+        ({"parameters": {"a": {"content": [1]}}}, "invalid hyperparameter configuration: a"),
         ({"parameters": {"a": {"min": 2, "max": 1}}}, "a: min 2 is not less than max 1"),
         ({"parameters": {"a": {"min": 0.0, "max": 1.0}}}, "Parameter a is a disallowed type with grid search"),
         ({"method": "random"}, "method random does not end by itself; give --runs, or run_cap"),
