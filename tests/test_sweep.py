@@ -301,7 +301,10 @@ def test_ctrl_c_stops_in_order_and_the_same_command_resumes(here: Path) -> None:
     (here / "out" / "slow").touch()
     command = [sys.executable, "-m", "rlg.sweep", str(write(GRID)), "--output", "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs are deaf
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **heard
+    )
     deadline = time.monotonic() + 60
     while not (here / "out" / "run-002" / "began").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
