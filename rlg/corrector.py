@@ -15,6 +15,7 @@ Legend: B samples, K samples of a group.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,8 +63,8 @@ class Corrector:
         for row, group in enumerate(groups):
             members.setdefault(group, []).append(row)
         self._members = [torch.tensor(rows) for rows in members.values()]
-        digests = [int.from_bytes(repr(group).encode()[-6:], "big") for group in members]
-        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + digest) for digest in digests]
+        digests = [hashlib.blake2b(f"{seed}/{group}".encode(), digest_size=8).digest() for group in members]
+        self._generators = [torch.Generator().manual_seed(int.from_bytes(d, "big") >> 1) for d in digests]
 
     def update(self, schedule: Schedule, i: int, guided_BCHW: Tensor, base_BCHW: Tensor) -> None:
         """Take in step i, before it is made."""

@@ -67,6 +67,14 @@ def test_groups_compete_among_themselves_and_draws_depend_on_nothing_else() -> N
     assert survivors(["a", "a"]) == [1, 1]
 
 
+def test_prompts_of_one_w_draw_numbers_of_their_own() -> None:
+    groups = [(prompt, 2.0) for prompt in range(20) for _ in range(2)]
+    corrector = Corrector(torch.full((40,), 2.0), groups, threshold=1.0)
+    corrector.log_weight_B = torch.tensor([0.0, 1.0] * 20, dtype=torch.float64)
+    kept = corrector.resample(torch.arange(40)[:, None].float()).flatten().reshape(20, 2) % 2
+    assert len({tuple(pair) for pair in kept.tolist()}) == 2  # one prompt keeps both, another the heavier twice
+
+
 def test_a_threshold_of_zero_only_keeps_the_weights() -> None:
     corrector = Corrector(torch.full((2,), 2.0), ["a", "a"])
     corrector.log_weight_B += torch.tensor([0.0, 50.0])
