@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rewards import RewardMix
-from rlg import adapters, blend, evaluate, guidance, pareto
+from rlg import adapters, blend, evaluate, guidance
 from rlg.blend_evaluator import (
     BLEND,
     BLEND_LS,
@@ -34,18 +34,17 @@ from rlg.stats import EXPERT, MORL, RLG_LS, read_rows
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue crosses"), Prompt("three green squares")]
 REWARD = RewardMix({"bright": lambda images, prompts, metadata: images.mean(dim=(1, 2, 3))}, (1.0,))
-SETTINGS = BlendSettings(
-    scales=(0.0, 0.5, 1.0),
-    modes=(BLEND,),
-    steps=2,
-    sampler="sde",
-    level=0.7,
-    cfg=1.0,
-    resolution=None,
-    k=2,
-    seed=3,
-    batch_size=64,
-)
+COMMON = {
+    "steps": 2,
+    "sampler": "sde",
+    "level": 0.7,
+    "cfg": 1.0,
+    "resolution": None,
+    "k": 2,
+    "seed": 3,
+    "batch_size": 64,
+}
+SETTINGS = BlendSettings(scales=(0.0, 0.5, 1.0), modes=(BLEND,), **COMMON)
 
 
 @pytest.fixture(scope="module")
@@ -351,19 +350,7 @@ def test_plan_makes_the_shared_ends_once() -> None:
     assert scaled - points == {(mode, w) for mode in (BLEND, BLEND_LS, SOUP) for w in (0.0, 1.0)}
 
 
-# --- hypervolume
-
-
-def test_hypervolume_by_hand() -> None:
-    assert pareto.hypervolume([[2.0, 3.0]], [0, 0]) == 6
-    assert pareto.hypervolume([[1.0, 3.0], [2.0, 1.0]], [0, 0]) == 4
-    assert pareto.hypervolume([[2.0, 1.0], [1.0, 3.0], [0.5, 0.5]], [0, 0]) == 4  # a dominated point adds nothing
-    assert pareto.hypervolume([[1.0, 3.0], [1.0, 2.0]], [0, 0]) == 3
-    assert pareto.hypervolume([[-1.0, 5.0], [2.0, 1.0]], [0, 0]) == 2  # not above the reference
-    assert pareto.hypervolume([[1.0, 3.0], [float("nan"), 9.0]], [0, 0]) == 3
-    assert pareto.hypervolume([[0.0, 0.0], [1.0, 1.0]], [-1, -1]) == 4
-    stacked = pareto.hypervolume([[[1.0, 3.0], [2.0, 1.0]], [[2.0, 3.0], [0.0, 0.0]]], [0, 0])
-    assert stacked.tolist() == [4, 6]
+# --- names
 
 
 def test_names_lose_what_they_share() -> None:
