@@ -34,17 +34,8 @@ from rlg.stats import EXPERT, MORL, RLG_LS, read_rows
 
 PROMPTS = [Prompt("a red circle"), Prompt("two blue crosses"), Prompt("three green squares")]
 REWARD = RewardMix({"bright": lambda images, prompts, metadata: images.mean(dim=(1, 2, 3))}, (1.0,))
-COMMON = {
-    "steps": 2,
-    "sampler": "sde",
-    "level": 0.7,
-    "cfg": 1.0,
-    "resolution": None,
-    "k": 2,
-    "seed": 3,
-    "batch_size": 64,
-}
-SETTINGS = BlendSettings(scales=(0.0, 0.5, 1.0), modes=(BLEND,), **COMMON)
+SAMPLING = {"steps": 2, "sampler": "sde", "level": 0.7, "cfg": 1.0, "resolution": None}
+SETTINGS = BlendSettings(scales=(0.0, 0.5, 1.0), modes=(BLEND,), k=2, seed=3, batch_size=64, **SAMPLING)
 
 
 @pytest.fixture(scope="module")
