@@ -7,7 +7,8 @@ The second draws many images of the base, whose rewards say what the exact optim
 (`rlg.oracle`), then images of one tuned model guided with several w, and of others trained at betas of their own; it
 goes on where it was interrupted. It reports, with intervals, how far guidance with w misses the oracle at beta / w, as
 a share of the gap between base and tuned model: once with the beta that the model was trained at, and once with the
-beta whose oracle scores what the tuned model does, which leaves out how well training hit its own target.
+beta whose oracle scores what the tuned model does, which leaves out how well training hit its own target. Models that
+were really trained at another beta are held against guidance with w = beta_0 / beta, image by image of one noise.
 
 A guided reward is the base's mean over all its images, plus the paired difference to w = 0 from the same noise.
 
@@ -121,13 +122,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that was trained at a beta of its own."""
+    """A model that was trained at a beta of its own, which guidance with w = beta_0 / beta claims to stand in for."""
 
     name: str
     beta: float
+    w: float
     reward: Estimate
     path_kl: Estimate | None
     oracle: Estimate
+    ess: float  # of the oracle
+    miss: Estimate | None  # (guided with w - this model) / (tuned - base), where that w was run
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Result:
     slopes: list[Slope]
     guided_slopes: list[Slope]  # between neighbouring w, where beta / w is that of their middle
     frontier: list[tuple[float, float, float, float]]  # (beta, reward, KL, ess) along the oracle
-    matched_beta: float  # whose oracle scores what the tuned model does
+    matched_beta: float  # whose oracle scores what the tuned model does; 0 where no sample of the base reaches it
     base: Estimate
     prompts: int
 
@@ -173,6 +177,8 @@ def analyse(
     matched = oracle.matching(float(rewards[1.0][0].mean()))
 
     def at(w: float, start: float) -> Array:
+        if not start:  # no beta does: the tuned model is beyond what the base's samples reach
+            return np.full_like(gap, np.nan)
         return oracle.base() if w == 0 or start == float("inf") else oracle.at(start / w)[0]
 
     def path_kl(rows: Sequence[Row], w: float) -> Estimate | None:
@@ -195,19 +201,26 @@ def analyse(
                 ess=oracle.ess(beta / w) if w else float(oracle.reward_PN.shape[1]),
                 miss=oracle.estimate(rewards[w] - at(w, beta), gap),
                 matched=oracle.estimate(rewards[w] - at(w, matched), gap),
-                effective_w=matched / own if own else float("inf"),
+                effective_w=matched / own if own else math.inf if matched else math.nan,
             )
         )
-    others = [
-        Trained(
-            model["name"],
-            float(model["beta"]),
-            oracle.estimate(oracle.base() + oracle.images(table_of(rows, name, 1.0) - start)),
-            path_kl(rows, 1.0),
-            oracle.estimate(oracle.at(float(model["beta"]))[0]),
+    others = []
+    for model, rows in zip(experiment.trained, trained, strict=True):
+        own = float(model["beta"])
+        reward = oracle.base() + oracle.images(table_of(rows, name, 1.0) - start)
+        same = [guided for w, guided in rewards.items() if math.isclose(w, beta / own, rel_tol=1e-6)]
+        others.append(
+            Trained(
+                name=model["name"],
+                beta=own,
+                w=beta / own,
+                reward=oracle.estimate(reward),
+                path_kl=path_kl(rows, 1.0),
+                oracle=oracle.estimate(oracle.at(own)[0]),
+                ess=oracle.ess(own),
+                miss=oracle.estimate(same[0] - reward, gap) if same else None,
+            )
         )
-        for model, rows in zip(experiment.trained, trained, strict=True)
-    ]
     betas = [beta * factor for factor in (4.0, 2.0, 1.0, 1 / 1.5, 1 / 2, 1 / 3)]
     slopes = [Slope(b, oracle.slope(b), oracle.ess(b)) for b in betas]
     spent = {w: oracle.images(table_of(guided, "kl", w)) for w in rewards if points[0].path_kl and w >= 0}
@@ -215,7 +228,8 @@ def analyse(
         Slope(2 * beta / (a + b), oracle.estimate(rewards[b] - rewards[a], spent[b] - spent[a]))
         for a, b in pairwise(sorted(spent))
     ]
-    grid = beta * np.geomspace(20, 0.2, 41)
+    near = [each for each in (beta, matched) if 0 < each < math.inf]
+    grid = np.geomspace(20 * max(near), 0.2 * min(near), 41)
     frontier = [(float(b), *(float(values.mean()) for values in tilted(oracle.reward_PN, b))) for b in grid]
     return Result(
         points, others, slopes, steps, frontier, matched, oracle.estimate(oracle.base()), len(oracle.reward_PN)
@@ -278,9 +292,15 @@ def markdown(experiment: Experiment, result: Result) -> str:
         lines += ["", "| guidance, beta / w | dE / dKL of the paths |", "|---|---|"]
         lines += [f"| {s.beta:.3g} | {cell(s.slope, '.4f')} |" for s in result.guided_slopes]
     if result.trained:
-        lines += ["", "| trained | beta | reward | oracle at its beta | path KL |", "|---|---|---|---|---|"]
         lines += [
-            f"| {t.name} | {t.beta:g} | {cell(t.reward)} | {cell(t.oracle)} | {cell(t.path_kl, '.2f')} |"
+            "",
+            "| trained | beta | reward | path KL | w | guided with w against it, % of the gap | oracle at its beta "
+            "| ESS |",
+            "|" + "---|" * 8,
+        ]
+        lines += [
+            f"| {t.name} | {t.beta:g} | {cell(t.reward)} | {cell(t.path_kl, '.2f')} | {t.w:.3g} | "
+            f"{cell(t.miss, '+.0%')} | {cell(t.oracle)} | {t.ess:.0f} |"
             for t in result.trained
         ]
     return "\n".join(lines) + "\n"

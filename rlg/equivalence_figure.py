@@ -72,6 +72,10 @@ def _along(axes: Axes, experiment: Experiment, result: Result) -> None:
     w = [p.w for p in result.points]
     _bars(axes, w, [p.oracle for p in result.points], color=INK, marker="_", label="oracle at β / w")
     _bars(axes, w, [p.reward for p in result.points], color=GUIDED, marker="o", label="guided")
+    shown = [t for t in result.trained if t.w <= max(w)]
+    if shown:
+        look = {"color": OTHER, "marker": "D", "linestyle": "none", "label": "trained at β / w"}
+        _bars(axes, [t.w for t in shown], [t.reward for t in shown], **look)
     axes.axhline(result.base.mean, color=MUTED, linewidth=0.7)
     axes.set_ylabel(experiment.reward)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
@@ -85,4 +89,8 @@ def _missed(axes: Axes, result: Result) -> None:
     _bars(axes, w, [p.miss for p in result.points], 100, color=NOMINAL, marker="s", label="at the trained β")
     matched = f"at the tuned model's own β, {result.matched_beta:.2g}"
     _bars(axes, w, [p.matched for p in result.points], 100, color=GUIDED, marker="o", label=matched)
+    really = sorted((t for t in result.trained if t.miss), key=lambda t: t.w)
+    if really:
+        look = {"color": OTHER, "marker": "D", "linestyle": "none", "label": "against training at β / w"}
+        _bars(axes, [t.w for t in really], [t.miss for t in really], 100, **look)
     axes.legend(frameon=False, fontsize=9)

@@ -26,12 +26,25 @@ def rows(w: float, shift: float, count: int, seed: int) -> list[Row]:
     ]
 
 
-def result(miss: float = 0.0, trained_at: float = BETA, scales: tuple[float, ...] = (0, 0.5, 1, 2)) -> object:
-    """An experiment in which guidance with w > 1 overshoots the oracle by `miss` of the gap."""
-    experiment = Experiment(base="", reward="fit", ckpt="", beta=BETA, scales=tuple(map(float, scales)))
-    gap = STD**2 / trained_at
+def result(
+    miss: float = 0.0,
+    trained_at: float = BETA,
+    scales: tuple[float, ...] = (0, 0.5, 1, 2),
+    others: tuple[float, ...] = (),
+    gap: float | None = None,
+) -> object:
+    """An experiment in which guidance with w > 1 overshoots the oracle by `miss` of the gap.
+
+    others: betas of models that were trained to the exact optimum.
+    """
+    trained = tuple({"ckpt": "", "beta": beta, "name": f"{beta:g}"} for beta in others)
+    experiment = Experiment(
+        base="", reward="fit", ckpt="", beta=BETA, scales=tuple(map(float, scales)), trained=trained
+    )
+    gap = gap or STD**2 / trained_at
     guided = [row for w in experiment.scales for row in rows(w, gap * (w + (miss if w > 1 else 0)), 400, seed=1)]
-    return analyse(experiment, rows(0.0, 0.0, 2000, seed=0), guided, [])
+    other = [rows(1.0, STD**2 / beta, 400, seed=1) for beta in others]
+    return analyse(experiment, rows(0.0, 0.0, 2000, seed=0), guided, other)
 
 
 def test_guidance_that_is_the_tilted_law_misses_nothing() -> None:
@@ -78,6 +91,19 @@ def test_the_slope_of_guidance_is_taken_between_neighbours() -> None:
 # --- the commands
 
 
+def test_guidance_against_models_trained_at_beta_over_w() -> None:
+    half, other = result(miss=0.5, others=(BETA / 2, BETA / 3)).trained
+    assert half.w == pytest.approx(2) and half.miss.mean == pytest.approx(0.5, abs=0.05) and half.miss.low > 0.3
+    assert half.ess > 100 and half.reward.mean == pytest.approx(3.5 + 2 * STD**2 / BETA, abs=0.04)
+    assert other.w == pytest.approx(3) and other.miss is None  # no image was guided with w = 3
+
+
+def test_a_model_beyond_the_samples_of_the_base_has_no_matched_beta() -> None:
+    found = result(gap=20 * STD)
+    assert found.matched_beta == 0 and all(np.isnan(point.matched.mean) for point in found.points)
+    assert all(np.isfinite(point.miss.mean) for point in found.points)
+
+
 def test_an_experiment_end_to_end_and_again(
     tiny_folder: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -98,7 +124,11 @@ def test_an_experiment_end_to_end_and_again(
     assert guided["reward"]["mean"] == again["reward"]["mean"] and guided["path_kl"] == again["path_kl"]
     assert (output / "equivalence.png").stat().st_size > 10_000
     text = (output / "equivalence.md").read_text()
-    assert "| again | 0.25 |" in text and "2 prompts, 2 images at each w, 6 of the base" in text
+    assert (
+        "| again | 0.25 |" in text
+        and record["trained"][0]["miss"]
+        and "2 prompts, 2 images at each w, 6 of the base" in text
+    )
     times = {file: file.stat().st_mtime_ns for file in output.glob("*/meta.json")}
     scores = {file: file.read_bytes() for file in output.glob("*/scores.jsonl")}
     equivalence.main(["--config", str(config), "--output", str(output)])
