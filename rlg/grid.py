@@ -74,6 +74,10 @@ def build_parser() -> Parser:
     """The evaluator's command line, with an axis."""
     parser = eval_arguments.build_parser()
     parser.prog, parser.description = "python -m rlg.grid", __doc__.split("\n")[0]
+    parser.usage = "%(prog)s --ckpt TUNED --axis AXIS --values VALUE [VALUE ...] [options]"
+    for action in parser._actions:
+        if action.dest in ELSEWHERE:  # parsed all the same, so that a YAML file that names one is told why not
+            action.help = argparse.SUPPRESS
     parser.add_argument("--axis", choices=AXES, help="what varies besides w; steps: at equal network evaluations")
     parser.add_argument("--values", nargs="+", default=[], help="its values, a row of the heat maps each")
     return parser

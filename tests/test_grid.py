@@ -29,6 +29,12 @@ def test_each_axis_has_its_config() -> None:
     assert axes == set(grid.AXES)
 
 
+def test_help_lists_what_a_grid_takes() -> None:
+    shown = grid.build_parser().format_help()
+    assert "--axis" in shown and "--num_prompts" in shown
+    assert not [name for name in grid.ELSEWHERE if f"  --{name} " in shown]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda f: f.stem)
 def test_every_config_is_a_grid(config: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     plan = grid.parse(["--config", str(config), "--ckpt", str(tiny_checkpoint("sd3"))])
