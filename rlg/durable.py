@@ -36,6 +36,13 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
+def forget_leftovers(folder: Path) -> None:
+    """Delete what a kill left in a folder (see `is_leftover`)."""
+    for path in folder.iterdir():
+        if is_leftover(path):
+            _delete(path)
+
+
 def temporary_of(folder: Path) -> Path:
     """Where a folder is put together before `publish`."""
     return folder.with_name(f".{folder.name}{_TEMPORARY}")
@@ -61,7 +68,11 @@ def clear(folder: Path, keep: Collection[str] = ()) -> None:
     """Delete what a folder holds, but for some names."""
     for path in folder.iterdir():
         if path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager

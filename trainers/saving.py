@@ -53,7 +53,7 @@ def written(config: RunConfig, accelerator: Accelerator, step: int) -> Iterator[
     try:
         with together():
             if main:
-                _forget_leftovers(config.folder)
+                durable.forget_leftovers(config.folder)
                 temporary.mkdir(parents=True)
         with together():
             yield temporary
@@ -68,12 +68,6 @@ def written(config: RunConfig, accelerator: Accelerator, step: int) -> Iterator[
         if main:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk may need the room
         raise
-
-
-def _forget_leftovers(folder: Path) -> None:
-    for path in folder.glob(f".{_PREFIX}*"):
-        if durable.is_leftover(path):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_room(folder: Path, newest: int, limit: int | None) -> None:
@@ -112,6 +106,7 @@ def to_resume(folder: Path, accelerator: Accelerator) -> Path:
     found: list[Path | None] = [None]
     with together():
         if accelerator.is_main_process:
+            durable.forget_leftovers(folder)
             found[0], faults = newest_whole(folder)
             if found[0] is None:
                 raise ValueError("; ".join([f"nothing to resume: {folder} holds no whole checkpoint", *faults]))
