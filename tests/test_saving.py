@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_evaluator import SMALL, Fake, evaluated
 
@@ -23,6 +24,7 @@ import train_grpo
 from rlg import adapters, durable, manifest, run_lock
 from rlg.cli import fail_cleanly
 from rlg.eval_folder import merge
+from rlg.together import together
 from trainers import saving
 from trainers.checkpoint import resume
 from trainers.grpo import GRPOTrainer
@@ -251,3 +253,22 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_slow_work(
         assert capsys.readouterr().err == f"error: cannot write to {place}/run: {reason}\n"
         with pytest.raises(OSError, match=f"cannot write to {place}/run: (Read-only|Not a dir|File exists)"):
             run_lock.held(place / "run").__enter__()
+
+
+def test_processes_fail_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[list[bool]] = []
+
+    def gathered(other: bool) -> Callable[[list[bool]], list[bool]]:
+        return lambda mine: said.append(mine) or [*mine, other]
+
+    monkeypatch.setattr("rlg.together.gather_object", gathered(other=True))
+    with pytest.raises(SystemExit) as stopped, together():
+        pass
+    assert stopped.value.code == 2 and said == [[False]]
+    monkeypatch.setattr("rlg.together.gather_object", gathered(other=False))
+    for error in (OSError("a"), ValueError("b"), SafetensorError("c")):
+        with pytest.raises(type(error), match=str(error)), together():
+            raise error
+    assert said[1:] == [[True]] * 3
+    with together():
+        pass

@@ -66,11 +66,14 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_does(breaks: Any, tin
     assert all(math.isfinite(value) for value in row.values()) and {"loss", "grad_norm"} <= row.keys()
 
 
-def accelerator(other: tuple[float, float] = (0.0, 0.0), scale: float | None = None) -> Any:
+def accelerator(other: tuple[float, float] = (0.0, 0.0), scale: float | None = None, kind: str = "NO") -> Any:
     """One of two processes, the other of which has these flags."""
     scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
     return SimpleNamespace(
-        device="cpu", scaler=scaler, reduce=lambda flags, how: flags + torch.tensor(other) if how == "sum" else None
+        device="cpu",
+        distributed_type=kind,
+        scaler=scaler,
+        reduce=lambda flags, how: flags + torch.tensor(other) if how == "sum" else None,
     )
 
 
@@ -91,8 +94,15 @@ def test_a_scaler_may_search_but_not_forever(tmp_path: Path) -> None:
     assert all(skips.must(math.inf) for _ in range(5)) and skips.total == 5
     skips = Skips(accelerator(scale=0.5), tmp_path, limit=2)
     assert skips.must(math.inf)
-    with pytest.raises(ValueError, match="the gradient was not finite: 2 updates in a row"):
+    with pytest.raises(ValueError, match="the gradient was not finite, 2 updates in a row"):
         skips.must(math.inf)
+
+
+def test_an_update_that_deepspeed_has_made_is_the_end(tmp_path: Path) -> None:
+    skips = Skips(accelerator(kind="DEEPSPEED"), tmp_path, limit=9)
+    assert not skips.must(1.0)
+    with pytest.raises(ValueError, match=r"the gradient was not finite, 1 updates .*; nothing is saved yet"):
+        skips.must(math.nan)
 
 
 def test_a_run_that_diverges_stops_with_its_last_checkpoint(tiny_online: Make, tmp_path: Path) -> None:
@@ -107,8 +117,8 @@ def test_a_run_that_diverges_stops_with_its_last_checkpoint(tiny_online: Make, t
     with pytest.raises(ValueError) as stopped:
         tiny_online("grpo", reward=reward, **options).train()
     last = tmp_path / "run" / "checkpoint-4"
-    said = f"3 updates in a row were skipped (max_skipped = 3); the last whole checkpoint is {last}, which --resume"
-    assert str(stopped.value).startswith("the reward of every group was not finite: ") and said in str(stopped.value)
+    said = f"not finite, 3 updates in a row (max_skipped = 3); the last whole checkpoint is {last}, which --resume"
+    assert str(stopped.value).startswith("the reward of every group was ") and said in str(stopped.value)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
     assert [(row["step"], row["skipped"], row["unscored"]) for row in rows] == [

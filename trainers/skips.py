@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from trainers import saving
@@ -18,10 +19,14 @@ _LEAST_SCALE = 1.0  # a gradient scaler below this does not overflow because of 
 
 
 class Skips:
-    """Counts the updates that a run skipped, alike on all processes, and stops it after `limit` in a row."""
+    """Counts the updates that a run skipped, alike on all processes, and stops it after `limit` in a row.
+
+    DeepSpeed makes an update within the backward pass, where none can be skipped: there, the first stops the run.
+    """
 
     def __init__(self, accelerator: Accelerator, folder: Path, limit: int):
-        self.accelerator, self.folder, self.limit = accelerator, folder, limit
+        self.accelerator, self.folder = accelerator, folder
+        self.limit = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else limit
         self.total = self.in_a_row = 0
         self._broken: Tensor | None = None  # whether a loss since the last update was not finite
 
@@ -55,7 +60,7 @@ class Skips:
         self.in_a_row += not searching
         if self.in_a_row >= self.limit:
             raise ValueError(
-                f"{what} was not finite: {self.in_a_row} updates in a row were skipped (max_skipped = {self.limit}); "
+                f"{what} was not finite, {self.in_a_row} updates in a row (max_skipped = {self.limit}); "
                 f"{saving.last_of(self.folder)}; lower the learning rate, or see what the reward returns"
             )
 
