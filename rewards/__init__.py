@@ -135,6 +135,7 @@ class RewardMix:
     rewards: Mapping[str, Reward]
     weights: tuple[float, ...]  # one per reward, in order; a reward of weight 0 is scored and logged
     waits: frozenset[str] = frozenset()  # names of those that mostly wait for a server; see rewards.background
+    lenient: bool = False  # a score that is not finite is NaN, for the caller to leave out, and no error
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -157,7 +158,7 @@ class RewardMix:
         """Total and parts for B images in [0, 1].
 
         Raises ValueError for images of another shape, type or range and for as many prompts or metadata as there are
-        not images; RewardError when a reward raises, or returns another shape, NaN or an infinity.
+        not images; RewardError when a reward raises, or returns another shape, NaN or an infinity (see `lenient`).
         """
         return self.weigh(self.parts(self.names, images_B3HW, prompts, metadata))
 
@@ -167,14 +168,24 @@ class RewardMix:
     ) -> dict[str, Tensor]:
         """name -> (B,) raw scores by some of the rewards. Raises as the whole mix does."""
         _check_batch(images_B3HW, prompts, metadata)
-        return {name: _score(name, self.rewards[name], images_B3HW, prompts, metadata) for name in names}
+        return {name: self._part(name, images_B3HW, prompts, metadata) for name in names}
+
+    def _part(
+        self, name: str, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+    ) -> Tensor:
+        scores_B = _score(name, self.rewards[name], images_B3HW, prompts, metadata)
+        broken = (~scores_B.isfinite()).nonzero()
+        if len(broken) and not self.lenient:
+            index = int(broken[0])
+            raise RewardError(f"reward {name!r} returned {scores_B[index].item()} for {_place(index, prompts)}")
+        return scores_B.where(scores_B.isfinite(), torch.nan)
 
     def weigh(self, parts: Mapping[str, Tensor]) -> RewardScores:
         """The total of every reward's (B,) scores."""
         ordered = {name: parts[name] for name in self.names}
         total_B = torch.zeros(len(ordered[self.names[0]]))
         for part_B, weight in zip(ordered.values(), self.weights, strict=True):
-            total_B += weight * part_B
+            total_B += weight * (part_B if weight else part_B.nan_to_num())  # 0 is for looking on
         return RewardScores(total_B, ordered)
 
 
@@ -258,12 +269,7 @@ def _score(
     if not isinstance(scores_B, Tensor) or scores_B.shape != (len(prompts),):
         got = f"shape {tuple(scores_B.shape)}" if isinstance(scores_B, Tensor) else type(scores_B).__name__
         raise RewardError(f"reward {name!r} returned {got} for {len(prompts)} images, first prompt {prompts[:1]!r}")
-    scores_B = scores_B.detach().float().cpu()
-    broken = (~scores_B.isfinite()).nonzero()
-    if len(broken):
-        index = int(broken[0])
-        raise RewardError(f"reward {name!r} returned {scores_B[index].item()} for {_place(index, prompts)}")
-    return scores_B
+    return scores_B.detach().float().cpu()
 
 
 def _culprit(

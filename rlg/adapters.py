@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlg import hub
+from rlg import hub, manifest
 
 DENOISERS = ("transformer", "unet")  # what diffusers pipelines call their network, and the prefixes in its LoRA files
 NAME = "default"  # PEFT's name of the adapter inside the network
@@ -169,6 +169,8 @@ def _only_file(source: hub.Source) -> str:
 def read(path: str | Path) -> AdapterFile:
     """Read an adapter without touching any network. Raises ValueError if it is missing or damaged."""
     file = find(path)
+    if fault := manifest.fault_of(file):
+        raise ValueError(f"{file} is damaged or cut short: {fault}")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:

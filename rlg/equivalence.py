@@ -31,6 +31,7 @@ import numpy as np
 
 from rewards import RewardMix
 from rlg import prompts as prompt_sets
+from rlg import run_lock
 from rlg.cli import Parser, fail_cleanly
 from rlg.config import read_yaml
 from rlg.eval_folder import ROWS, merge, prepare_folder
@@ -39,6 +40,7 @@ from rlg.oracle import Array, Oracle, tilted
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.stats import Estimate, Row, read_rows
+from rlg.together import Interruption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,10 +257,13 @@ def draw_rows(
         own = {k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size")}
         meta = {"base": experiment.base, "adapter": ckpt or "none", "trained_rewards": [experiment.reward], **own}
         meta |= {"prompts": experiment.prompts, "num_prompts": len(ids), "dtype": experiment.dtype}
-        prepare_folder(folder / name, meta, overwrite=False)
-        merge(folder / name)
-        evaluate(Evaluator(policy, reward, prompts, settings), folder / name, ids, lambda job: False)
-        merge(folder / name)
+        with Interruption() as interruption:
+            prepare_folder(folder / name, meta, overwrite=False)
+            merge(folder / name)
+            judge = Evaluator(policy, reward, prompts, settings)
+            evaluate(judge, folder / name, ids, lambda job: False, interruption=interruption)
+            merge(folder / name)
+            interruption.leave()
         result.append(read_rows(folder / name / ROWS))
     return result[0], result[1], result[2:]
 
@@ -355,12 +360,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("give either --toy or --config FILE")
     if args.toy:
         folder = args.output or Path("runs/equivalence/toy")
-        written = equivalence_toy.run(folder, args.samples or 10_000, args.steps or 250, args.seed or 0)
+        with run_lock.held(folder):
+            written = equivalence_toy.run(folder, args.samples or 10_000, args.steps or 250, args.seed or 0)
     else:
         own = {"ckpt": args.ckpt, "samples": args.samples, "steps": args.steps, "seed": args.seed}
         experiment = Experiment.read(args.config, **own)
         folder = args.output or Path("runs/equivalence") / args.config.stem
-        written = measure(experiment, rewards.build([experiment.reward]), folder)
+        with run_lock.held(folder):
+            written = measure(experiment, rewards.build([experiment.reward]), folder)
         print(written[1].read_text())
     for path in written:
         print(path)

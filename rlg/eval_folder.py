@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -14,9 +15,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from rlg import durable, run_lock
 from rlg.stats import Row, read_rows
 
 ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
+_UNIT_END = b"\n\n"
 # What an evaluation did whose meta.json is older than a setting: the same as without the option
 _DEFAULTS = {"origin": None, "schedule": "constant", "chosen": None}
 
@@ -31,8 +34,25 @@ class Job:
     mode: str
 
 
+def append(folder: Path, rank: int, rows: Iterable[Row]) -> None:
+    """Add a unit's rows to a process's file, and an empty line, which says that they are all there."""
+    with (folder / f"scores-{rank}.jsonl").open("a") as file:
+        file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows) + "\n")
+
+
+def _cut(file: Path) -> None:
+    """Forget the rows of a unit that a kill or a full disk cut off: it is made anew, in the same batches."""
+    whole = file.read_bytes().rfind(_UNIT_END) + len(_UNIT_END)
+    os.truncate(file, whole if whole >= len(_UNIT_END) else 0)
+
+
 def collect(folder: Path) -> dict[Job, Row]:
-    """Everything that was scored so far, from scores.jsonl and from the files of processes that did not finish."""
+    """Everything that was scored so far, from scores.jsonl and from the files of processes that did not finish.
+
+    Of the latter it forgets, also on disk, what is not a whole unit.
+    """
+    for file in folder.glob("scores-*.jsonl"):
+        _cut(file)
     return {job: row for file in sorted(folder.glob("scores*.jsonl")) for job, row in read(file).items()}
 
 
@@ -46,9 +66,7 @@ def read(file: Path) -> dict[Job, Row]:
 def merge(folder: Path) -> int:
     """Join the processes' files into scores.jsonl, one row a job, in a fixed order. Returns the number of rows."""
     ordered = sorted(collect(folder).items(), key=lambda item: (item[0].mode, item[0].w, item[0].prompt_id, item[0].k))
-    temporary = folder / (ROWS + ".tmp")
-    temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for _, row in ordered))
-    temporary.replace(folder / ROWS)
+    durable.write_text(folder / ROWS, "".join(json.dumps(asdict(row)) + "\n" for _, row in ordered))
     for file in folder.glob("scores-*.jsonl"):
         file.unlink()
     return len(ordered)
@@ -77,12 +95,12 @@ def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
     Raises ValueError if it holds an evaluation under other settings, or something that is no evaluation.
     """
     file = folder / META
-    if folder.exists() and any(folder.iterdir()) and not file.is_file():
+    if run_lock.content(folder) and not file.is_file():
         raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
     if overwrite and file.is_file():
-        for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
-            old.unlink()
-    if file.is_file():
+        for old in [*folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
+            old.unlink()  # meta.json stays until it is replaced, as without it this is no evaluation's folder
+    elif file.is_file():
         before = _DEFAULTS | json.loads(file.read_text())
         changed = [k for k in meta if before.get(k) != meta[k]]
         if changed:
@@ -93,4 +111,4 @@ def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    file.write_text(json.dumps(meta | {"created": created, "command": shlex.join(sys.argv)}, indent=1))
+    durable.write_text(file, json.dumps(meta | {"created": created, "command": shlex.join(sys.argv)}, indent=1))

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rewards import RewardMix
-from rlg import adapters, hub, networks
+from rlg import adapters, hub, networks, run_lock
 from rlg import prompts as prompt_sets
 from rlg.blend_evaluator import (
     BlendEvaluator,
@@ -37,6 +38,7 @@ from rlg.eval_folder import Job, merge, prepare_folder
 from rlg.evaluator import EvalSettings, Evaluator, evaluate, progress, units_left
 from rlg.policy import Policy, base_of
 from rlg.prompts import Prompt
+from rlg.together import Interruption, together
 from rlg.weight_schedule import CONSTANT
 
 
@@ -172,26 +174,36 @@ def _choose(goal: Goal | None, evaluator: Evaluator, ids: Sequence[int], reward:
 
 
 def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
-    """Make and score what the folders lack, under one progress bar, and write each one's report."""
+    """Make and score what the folders lack, under one progress bar, and write each one's report.
+
+    Raises ValueError where another process works in one of the folders. SIGINT and SIGTERM finish the unit at work,
+    keep what is scored, and end the command with exit code 0.
+    """
     from rlg.report import write_report
 
     state, ids = loaded.state, loaded.ids
-    if state.is_main_process:
-        for evaluation in evaluations:
-            if "morl" in evaluation.meta and not evaluation.overwrite:
-                allow_more_morl(evaluation.folder, evaluation.meta["morl"])
-            prepare_folder(evaluation.folder, evaluation.meta, evaluation.overwrite)
-            merge(evaluation.folder)
-    state.wait_for_everyone()
-    share = state.process_index, state.num_processes
-    left = [sum(map(len, units_left(e.evaluator.settings, e.folder, ids, *share))) for e in evaluations]
-    with progress(sum(left), state.process_index) as bar:
-        for evaluation in evaluations:
-            evaluate(evaluation.evaluator, evaluation.folder, ids, _keep(evaluation, ids), *share, bar)
-            state.wait_for_everyone()
+    with ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        with together():
             if state.is_main_process:
-                merge(evaluation.folder)
-                write_report(evaluation.folder)
+                for evaluation in evaluations:
+                    stack.enter_context(run_lock.held(evaluation.folder))
+                    if "morl" in evaluation.meta and not evaluation.overwrite:
+                        allow_more_morl(evaluation.folder, evaluation.meta["morl"])
+                    prepare_folder(evaluation.folder, evaluation.meta, evaluation.overwrite)
+                    merge(evaluation.folder)
+        share = state.process_index, state.num_processes
+        left = [sum(map(len, units_left(e.evaluator.settings, e.folder, ids, *share))) for e in evaluations]
+        with progress(sum(left), state.process_index) as bar:
+            for evaluation in evaluations:
+                keep = _keep(evaluation, ids)
+                evaluate(evaluation.evaluator, evaluation.folder, ids, keep, *share, bar, interruption)
+                state.wait_for_everyone()
+                if state.is_main_process:
+                    merge(evaluation.folder)
+                interruption.leave()
+                if state.is_main_process:
+                    write_report(evaluation.folder)
 
 
 def _keep(evaluation: Evaluation, ids: Sequence[int]) -> Callable[[Job], bool]:

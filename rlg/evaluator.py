@@ -16,7 +16,6 @@ Girsanov with the variance that is really injected (stochastic samplers only).
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +30,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rewards import RewardMix
-from rlg import adapters, blend, guidance, process, sampling
+from rlg import adapters, blend, durable, guidance, process, sampling
 from rlg.corrector import RESAMPLE_BELOW, Corrector
-from rlg.eval_folder import IMAGES, ROWS, Job, job_of, read, save_images
+from rlg.eval_folder import IMAGES, ROWS, Job, append, job_of, read, save_images
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
 from rlg.stats import MODES, RLG_LS, Row
+from rlg.together import Interruption
 from rlg.weight_schedule import CONSTANT, WeightSchedule
 
 RLG, LORA_SCALE, TWICE, CORRECTED = MODES
@@ -304,17 +304,21 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     bar: tqdm | None = None,
+    interruption: Interruption | None = None,
 ) -> None:
     """Make this process's share of the rows that scores.jsonl lacks, with a progress bar (or on one of the caller's).
 
-    Files of other processes are not looked at: they may have begun, and all must cut the work in the same way.
+    Files of other processes are not looked at: they may have begun, and all must cut the work in the same way. An
+    interruption ends it after the unit at work. Raises OSError, which names the folder, for rows it cannot write.
     """
     units = units_left(evaluator.settings, folder, prompt_ids, rank, world)
     shown = progress(sum(map(len, units)), rank) if bar is None else nullcontext(bar)
-    with shown as bar, (folder / f"scores-{rank}.jsonl").open("a") as file:
+    with shown as bar:
         for unit in units:
+            if interruption and interruption.requested:
+                return
             rows = list(evaluator.run(unit))
-            save_images([(row, image) for row, image in rows if keep_images(job_of(row))], folder / IMAGES)
-            file.write("".join(json.dumps(asdict(row)) + "\n" for row, _ in rows))
-            file.flush()
+            with durable.explaining(f"cannot write to {folder}", lambda: "what is scored is kept"):
+                save_images([(row, image) for row, image in rows if keep_images(job_of(row))], folder / IMAGES)
+                append(folder, rank, [row for row, _ in rows])
             bar.update(len(unit))

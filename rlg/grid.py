@@ -18,16 +18,18 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlg import eval_arguments, evaluate, heatmap
+from rlg import durable, eval_arguments, evaluate, heatmap, run_lock
 from rlg.choose import GOALS
 from rlg.cli import Parser, fail_cleanly
 from rlg.eval_folder import META, ROWS
 from rlg.evaluator import RLG, TWICE
 from rlg.stats import Row, bootstrap_mean, pair, paired_difference, read_rows
+from rlg.together import together
 from rlg.weight_schedule import CONSTANT, WeightSchedule
 
 CFG, SAMPLER, STEPS, SCHEDULE, NONE = AXES = ("cfg", "sampler", "steps", "schedule", "none")
@@ -133,7 +135,7 @@ def _arguments(args: argparse.Namespace, changes: Mapping[str, Any]) -> argparse
 
 def check_output(plan: Plan) -> None:
     """Raise ValueError if the grid's folder holds something else."""
-    present = {file.name for file in plan.output.iterdir()} if plan.output.exists() else set()
+    present = {file.name for file in run_lock.content(plan.output)}
     if present and not present & {GRID, *plan.evaluations}:
         raise ValueError(f"{plan.output} is not empty and holds no grid of this axis; give --output another folder")
 
@@ -204,13 +206,17 @@ def run(plan: Plan) -> Path:
     for arguments in plan.evaluations.values():
         eval_arguments.settings_of(arguments)
     loaded = evaluate.load(next(iter(plan.evaluations.values())))
-    evaluate.finish([evaluate.begin(arguments, loaded) for arguments in plan.evaluations.values()], loaded)
-    page = plan.output / heatmap.PAGE
-    if loaded.state.is_main_process:
-        grid = tabulate(plan)
-        (plan.output / GRID).write_text(json.dumps(grid, indent=1, allow_nan=False) + "\n")
-        print(heatmap.write(grid, plan.output))
-    return page
+    evaluations = [evaluate.begin(arguments, loaded) for arguments in plan.evaluations.values()]
+    with ExitStack() as stack:
+        with together():
+            if loaded.state.is_main_process:
+                stack.enter_context(run_lock.held(plan.output))
+        evaluate.finish(evaluations, loaded)
+        if loaded.state.is_main_process:
+            grid = tabulate(plan)
+            durable.write_text(plan.output / GRID, json.dumps(grid, indent=1, allow_nan=False) + "\n")
+            print(heatmap.write(grid, plan.output))
+    return plan.output / heatmap.PAGE
 
 
 def main(argv: Sequence[str] | None = None) -> None:

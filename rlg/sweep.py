@@ -19,7 +19,6 @@ RLG_REPORT_TO, `none` unless it is set. `wandb agent` sets WANDB_SWEEP_ID and WA
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -38,6 +37,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rlg import run_lock
 from rlg.cli import Parser, fail_cleanly
 from rlg.config import CONFIG, read_yaml
 from rlg.sweep_folder import (
@@ -341,18 +341,6 @@ def _grid_size(config: Mapping[str, Any]) -> int | None:
     return int(np.prod([len(entry.get("values", [0])) for entry in entries]))
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raise ValueError if another process executes the folder's sweep; within, others are told so."""
-    (folder / LOGS).mkdir(parents=True, exist_ok=True)
-    with (folder / LOGS / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another rlg.sweep is at work in {folder}") from error
-        yield
-
-
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m rlg.sweep", description=__doc__.split("\n")[0])
@@ -377,9 +365,9 @@ def run(argv: Sequence[str] | None = None) -> Sweep:
     if limit is None and config["method"] != "grid":
         raise ValueError(f"method {config['method']} does not end by itself; give --runs, or run_cap in {args.file}")
     folder = args.output or Path("runs") / "sweeps" / args.file.stem
-    sweep = open_sweep(folder, config, args.seed)
     command_line(config, draw(Sweep(config, args.seed), folder) or {})  # refused before anything is written
-    with _alone(folder):
+    with run_lock.held(folder):
+        sweep = open_sweep(folder, config, args.seed)
         write_sweep(folder, sweep)
         Runner(sweep, folder, limit, args.parallel, args.retry_failed).execute()
     print(folder / TABLE)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlg import durable, run_lock
 from rlg.config import METRICS
 
 SWEEP, TABLE, LOGS = "sweep.json", "sweep.csv", "logs"
@@ -81,7 +82,7 @@ def open_sweep(folder: Path, config: Mapping[str, Any], seed: int) -> Sweep:
     What was running when the sweep ended has been interrupted. Raises ValueError if the folder holds something else.
     """
     if not is_sweep(folder):
-        if folder.exists() and any(folder.iterdir()):
+        if run_lock.content(folder):
             raise ValueError(f"{folder} is not empty and holds no sweep; give --output another folder")
         return Sweep(dict(config), seed)
     sweep = read_sweep(folder)
@@ -97,9 +98,7 @@ def open_sweep(folder: Path, config: Mapping[str, Any], seed: int) -> Sweep:
 def write_sweep(folder: Path, sweep: Sweep) -> None:
     """Write sweep.json, whole or not at all, and sweep.csv."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{SWEEP}.tmp"
-    temporary.write_text(json.dumps(asdict(sweep), indent=1) + "\n")
-    temporary.replace(folder / SWEEP)
+    durable.write_text(folder / SWEEP, json.dumps(asdict(sweep), indent=1) + "\n")
     names = list(dict.fromkeys(name for run in sweep.runs for name in run.parameters))
     with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from rewards import REWARDS
 from rlg import adapters
 from rlg import evaluate as evaluation
 from rlg.eval_folder import Job
-from rlg.evaluator import LORA_SCALE, RLG, TWICE, Evaluator
+from rlg.evaluator import LORA_SCALE, RLG, TWICE, Evaluator, Images
 from rlg.prompts import Prompt
 from rlg.stats import read_rows
 
@@ -98,6 +100,34 @@ def test_main_evaluates_goes_on_and_reports(
             evaluation.main([*arguments, "--scales", "0", "1", *change, "--output", str(folder)])
         assert stopped.value.code == 2 and "give --output another folder" in capsys.readouterr().err
     assert not made
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_unit_and_the_same_command_goes_on(
+    number: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    made: list[Job] = []
+    generate = Evaluator.generate
+
+    def interrupted(self: Evaluator, unit: list[Job]) -> Images:
+        made.extend(unit)
+        if len(made) == 2:  # in the first unit
+            os.kill(os.getpid(), number)
+        return generate(self, unit)
+
+    monkeypatch.setattr(Evaluator, "generate", interrupted)
+    arguments = ["--ckpt", str(checkpoint), "--k", "1", "--num_prompts", "2", "--modes", "rlg", "--batch_size", "2"]
+    arguments += ["--scales", "0", "1", "--steps", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(arguments)
+    assert stopped.value.code == 0
+    said = capsys.readouterr()
+    assert "interrupted; the same command goes on where it was" in said.err and not said.out
+    (folder,) = (checkpoint.parent / "eval").iterdir()
+    assert {file.name for file in folder.iterdir()} == {"meta.json", "scores.jsonl", "images"}
+    assert len(read_rows(folder / "scores.jsonl")) == len(made) == 2
+    evaluation.main(arguments)
+    assert len(read_rows(folder / "scores.jsonl")) == len(made) == 4 and (folder / "report.html").is_file()
 
 
 def test_a_trained_reward_with_a_source_is_not_taken_for_held_out(

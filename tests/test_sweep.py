@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlg import eval_arguments, networks, sweep
+from rlg import eval_arguments, networks, run_lock, sweep
 from rlg.sweep_folder import SWEEP, Sweep, SweepRun, history, read_sweep
 from trainers.dpo import DPOConfig
 from trainers.grpo import GRPOConfig
@@ -381,8 +381,8 @@ def test_bad_command_lines(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert refused(capsys, other, "--output", "out") == (
         "out holds a sweep with another parameters; give --output another folder"
     )
-    with sweep._alone(here / "out"):
-        assert "another rlg.sweep is at work in out" in refused(capsys, file, "--output", "out")
+    with run_lock.held(here / "out"):
+        assert f"out is in use: process {os.getpid()} on" in refused(capsys, file, "--output", "out")
 
 
 def test_a_real_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

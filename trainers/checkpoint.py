@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,13 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rlg import durable
 from rlg.config import CONFIG
 from rlg.policy import Policy
 from rlg.state import load_optimizer, save_optimizer
+from trainers import saving
 from trainers.common import METRICS, TrainConfig, write_config
 
 _STATE = "trainer_state"
-_MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "report_to")
+_MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "max_skipped")
+_MAY_CHANGE += ("report_to",)
 
 
 class Ema:
@@ -80,38 +81,17 @@ class TrainState:
                 self.ema.swap()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if _step_of(p).isdigit() and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(_step_of(p)))
-
-
-def _step_of(checkpoint: Path) -> str:
-    return checkpoint.name.removeprefix("checkpoint-")
-
-
 def save_checkpoint(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> Path:
-    """Write checkpoint-N, first under another name, so that a checkpoint is whole or not there.
+    """Write checkpoint-N, whole or not at all.
 
     `adapter/` and the diffusers file hold the moving average where there is one: it is what evaluation should use.
     """
-    final = config.folder / f"checkpoint-{state.step}"
-    temporary = config.folder / f".checkpoint-{state.step}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / _STATE).mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_file({"cpu": torch.get_rng_state()}, temporary / _STATE / f"rng-{accelerator.process_index}.safetensors")
-    if accelerator.is_main_process:
-        _write_main(config, accelerator, state, temporary)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        for old in checkpoints(config.folder)[: -config.save_total_limit if config.save_total_limit else 0]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
+    with saving.written(config, accelerator, state.step) as folder:
+        (folder / _STATE).mkdir(exist_ok=True)
+        save_file({"cpu": torch.get_rng_state()}, folder / _STATE / f"rng-{accelerator.process_index}.safetensors")
+        if accelerator.is_main_process:
+            _write_main(config, accelerator, state, folder)
+    return config.folder / f"checkpoint-{state.step}"
 
 
 def _write_main(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
@@ -134,7 +114,7 @@ def _write_main(config: TrainConfig, accelerator: Accelerator, state: TrainState
         "processes": accelerator.num_processes,
         "scaler": scaler,
     }
-    (folder / "state.json").write_text(json.dumps(row))
+    saving.write_state(folder, row)
 
 
 def _adapters(state: TrainState) -> dict[str, list[nn.Parameter]]:
@@ -147,14 +127,12 @@ def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> 
 
     Settings are those of `config`; one that the checkpoint was made with another value of is warned of.
     """
-    found = checkpoints(config.folder)
-    if not found:
-        raise ValueError(f"nothing to resume: {config.folder} holds no whole checkpoint")
-    _warn_of_changes(config, found[-1] / CONFIG)
+    found = saving.to_resume(config.folder, accelerator)
+    _warn_of_changes(config, found / CONFIG)
     try:
-        _restore(config, accelerator, state, found[-1])
-    except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(f"{found[-1]} is damaged ({error}); remove it to resume from an earlier one") from error
+        _restore(config, accelerator, state, found)
+    except (SafetensorError, KeyError, OSError) as error:  # of a checkpoint without a manifest
+        raise ValueError(f"{found} is damaged ({error}); remove it to resume from an earlier one") from error
     if accelerator.is_main_process:
         truncate_metrics(config.folder / METRICS, state.step)
 
@@ -196,6 +174,4 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Forget the metrics of later steps, and a line that was cut off."""
     lines = path.read_text().splitlines() if path.is_file() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    durable.write_text(path, "".join(line + "\n" for line in kept))

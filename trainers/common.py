@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +19,12 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import Tensor, nn
 
+from rlg import durable, run_lock
 from rlg import prompts as prompt_sets
 from rlg.cli import stop
 from rlg.config import CONFIG, METRICS
 from rlg.policy import Policy
+from rlg.together import together
 
 SAMPLES = "samples"
 _COMMAND = ("resume", "overwrite", "dry_run")  # what to do, and no part of what a run is
@@ -53,6 +53,9 @@ class RunConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient norm is clipped to this"})
     save_steps: int = field(default=50, metadata={"help": "iterations between checkpoints"})
     save_total_limit: int | None = field(default=3, metadata={"help": "checkpoints to keep (none: all)"})
+    max_skipped: int = field(
+        default=10, metadata={"help": "updates skipped in a row, for a loss or gradient that is not finite, that stop"}
+    )
     report_to: str = field(
         default="none", metadata={"help": "wandb, tensorboard or none; metrics.jsonl is always kept"}
     )
@@ -71,7 +74,7 @@ class RunConfig:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
         require_positive(self, "max_steps", "save_steps", "save_total_limit", "learning_rate", "max_grad_norm")
-        require_positive(self, "resolution", "per_device_batch_size")
+        require_positive(self, "resolution", "per_device_batch_size", "max_skipped")
 
     @property
     def folder(self) -> Path:
@@ -157,7 +160,10 @@ def begin(kind: type[ConfigT]) -> tuple[ConfigT, Accelerator]:
         for name, value in derived.items():
             print(f"# {name}: {value}")
         raise SystemExit(0)
-    check_folder(config)
+    with together():
+        if accelerator.is_main_process:
+            check_folder(config)
+            run_lock.check(config.folder)
     return config, accelerator
 
 
@@ -167,29 +173,42 @@ def check_folder(config: RunConfig) -> None:
     if config.resume:
         if not folder.is_dir():
             raise ValueError(f"nothing to resume: {folder} does not exist")
-    elif folder.exists() and any(folder.iterdir()):
+    elif run_lock.content(folder):
         if not config.overwrite:
             raise ValueError(f"{folder} exists; give --resume, --overwrite or another --name")
         if not (folder / CONFIG).is_file():
             raise ValueError(f"{folder} is no run folder (it has no {CONFIG}); it is not overwritten")
 
 
+@contextmanager
+def run_folder(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Within, the run's folder is there, and no other run's. Raises ValueError as `check_folder`, or if one has it."""
+    with ExitStack() as stack:
+        with together():
+            if accelerator.is_main_process:
+                check_folder(config)
+                stack.enter_context(run_lock.held(config.folder))
+        prepare_folder(config, accelerator)
+        yield
+
+
 def prepare_folder(config: RunConfig, accelerator: Accelerator) -> None:
     """Create the run's folder, once nothing else can be refused. Raises ValueError as `check_folder`."""
-    if accelerator.is_main_process:
-        check_folder(config)
-        if not config.resume:
-            if config.folder.exists():
-                shutil.rmtree(config.folder)
-            config.folder.mkdir(parents=True)
-            write_config(config, config.folder)
-    accelerator.wait_for_everyone()
+    with together():
+        if accelerator.is_main_process:
+            check_folder(config)
+            if not config.resume:
+                config.folder.mkdir(parents=True, exist_ok=True)
+                for lock in config.folder.rglob(f"*/{run_lock.LOCK}"):
+                    run_lock.check(lock.parent)  # an evaluation inside a run that is to be discarded
+                durable.clear(config.folder, keep=(run_lock.LOCK, CONFIG))  # a run's to the last: see `check_folder`
+                write_config(config, config.folder)
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """config.yaml, as --config reads it again."""
     row = {k: v for k, v in dataclasses.asdict(config).items() if k not in _COMMAND}
-    (folder / CONFIG).write_text(yaml.safe_dump(row, sort_keys=False))
+    durable.write_text(folder / CONFIG, yaml.safe_dump(row, sort_keys=False))
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -269,33 +288,6 @@ def grid(images_B3HW: Tensor, columns: int = 8) -> Image.Image:
     table = torch.cat([images_B3HW, white]).reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
     pixels = (table.reshape(rows * height, columns * width, 3) * 255).round().byte().cpu().numpy()
     return Image.fromarray(pixels)
-
-
-class Interruption:
-    """Within, SIGINT and SIGTERM ask the trainer to finish its step, save and stop. A second one kills."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.requested = accelerator, False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop; all processes call it, as one that stops alone hangs the others."""
-        flag = torch.tensor(float(self.requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.requested = True
 
 
 def load_prompts(config: TrainConfig) -> tuple[list[prompt_sets.Prompt], list[prompt_sets.Prompt]]:

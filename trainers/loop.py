@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +20,11 @@ from rlg.guidance import Predictor, with_cfg
 from rlg.process import Schedule
 from rlg.prompts import Prompt, spread
 from rlg.sampling import SampleId, SampleNoise
-from trainers import checkpoint, common
+from rlg.together import Interruption
+from trainers import checkpoint, common, saving
 from trainers.checkpoint import Ema, TrainState
 from trainers.common import TrainConfig
+from trainers.skips import SKIPPED, Skips, finite_mean
 
 
 class Trainer:
@@ -39,13 +42,15 @@ class Trainer:
         held_out: RewardMix | None = None,
         eval_prompts: Sequence[Prompt] = (),
     ):
-        self.config, self.reward, self.held_out = config, reward, held_out
+        self.config = config
+        self.reward, self.held_out = (mix and replace(mix, lenient=True) for mix in (reward, held_out))
         self.eval_prompts = list(eval_prompts)
         self.accelerator = accelerator or common.make_accelerator(config)
         self.counts: dict[str, int] = config.derived(self.accelerator.num_processes)
         policy, optimizer, copies = common.prepare_policy(config, self.accelerator, self.copies)
         ema = Ema(policy.trainable(), config.ema_decay, config.ema_every) if config.ema_decay else None
         self.state = TrainState(policy, optimizer, ema, copies)
+        self.skips = Skips(self.accelerator, config.folder, config.max_skipped)
         self.policy = policy
         self.shape = policy.latent_shape(config.resolution)
         self.negative = policy.encode([""])
@@ -62,10 +67,16 @@ class Trainer:
 
     def train(self) -> None:
         """Run until `max_steps`, or until interrupted; always leaves a checkpoint behind."""
+        config = self.config
+        with common.run_folder(config, self.accelerator):
+            if config.resume:
+                checkpoint.resume(config, self.accelerator, self.state)
+                self.skips.restore(self.state.counters)
+            with saving.explaining(config.folder):
+                self._loop()
+
+    def _loop(self) -> None:
         config, state, accelerator = self.config, self.state, self.accelerator
-        common.prepare_folder(config, accelerator)
-        if config.resume:
-            checkpoint.resume(config, accelerator, state)
         saved = state.step if config.resume else None
         log = common.Log(config, accelerator)
         if config.eval_steps and state.step == 0:
@@ -73,9 +84,10 @@ class Trainer:
         bar = tqdm(
             total=config.max_steps, initial=state.step, desc=config.name, disable=not accelerator.is_main_process
         )
-        with bar, common.Interruption(accelerator) as interruption:
+        with bar, Interruption() as interruption:
             while state.step < config.max_steps and not interruption.agreed():
-                metrics = self.iteration(log)
+                metrics = self.iteration(log) | {SKIPPED: self.skips.total}
+                state.counters |= self.skips.counters()
                 if config.eval_steps and state.step % config.eval_steps == 0:
                     metrics |= self.evaluate()
                 log.metrics(state.step, metrics)
@@ -101,29 +113,36 @@ class Trainer:
     def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Accumulate a loss's gradient, and take the optimizer step when it is due; adds grad_norm to the metrics.
 
+        A step is skipped on all processes if a loss in it or its gradient is not finite on one. Raises ValueError
+        after `max_skipped` of them in a row.
         Call it within `accelerator.accumulate(policy.wrapped)`, as the forward pass.
         """
+        self.skips.watch(loss)
         self.accelerator.backward(loss)
+        skipped = False
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.policy.trainable(), self.config.max_grad_norm)
             metrics["grad_norm"] = torch.as_tensor(norm).detach()
+            skipped = self.skips.must(norm)
+            if skipped:
+                self.state.optimizer.zero_grad()  # a step without gradients changes nothing, moments included
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()
-        if self.accelerator.sync_gradients and self.state.ema:
+        if self.accelerator.sync_gradients and self.state.ema and not skipped:
             self.state.ema.update()
 
     def mean_metrics(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Means over rows and processes. Raises ValueError for a loss or gradient that is not finite."""
+        """Means over rows and processes of what is finite; a metric that never is has no mean."""
         names = sorted({name for row in rows for name in row})
         columns = [torch.stack([row[n] for row in rows if n in row]).float() for n in names]
-        local = torch.stack([c.max() if n in self.maxima else c.mean() for n, c in zip(names, columns, strict=True)])
+        local = torch.stack([self._pool(n, c) for n, c in zip(names, columns, strict=True)])
         values = self.accelerator.gather(local[None].to(self.accelerator.device))  # (process, metric)
-        reduced = [v.max() if n in self.maxima else v.mean() for n, v in zip(names, values.T, strict=True)]
-        means = dict(zip(names, map(float, reduced), strict=True))
-        for name in ("loss", "grad_norm"):  # a gradient scaler (fp16) skips steps whose gradients overflow
-            if not math.isfinite(means[name]) and (name == "loss" or not self.accelerator.scaler):
-                raise ValueError(f"{name} is {means[name]} in iteration {self.state.step}; lower the learning rate")
-        return means
+        means = {n: float(self._pool(n, v)) for n, v in zip(names, values.T, strict=True)}
+        return {name: value for name, value in means.items() if math.isfinite(value)}
+
+    def _pool(self, name: str, values: Tensor) -> Tensor:
+        finite = values[values.isfinite()]
+        return finite.max() if name in self.maxima and len(finite) else finite.mean()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -142,7 +161,8 @@ class Trainer:
         with self.state.averaged():
             parts = [self._evaluate_batch(schedule, batch) for batch in batches]
         columns = {name: torch.cat([part[name] for part in parts]).to(accelerator.device) for name in parts[0]}
-        return {f"eval/{n}": float(accelerator.gather(c)[: len(chosen)].mean()) for n, c in columns.items()}
+        means = {n: float(finite_mean(accelerator.gather(c)[: len(chosen)])) for n, c in columns.items()}
+        return {f"eval/{name}": mean for name, mean in means.items() if math.isfinite(mean)}
 
     def _evaluate_batch(self, schedule: Schedule, ids: Sequence[int]) -> dict[str, Tensor]:
         prompts = [self.eval_prompts[i] for i in ids]

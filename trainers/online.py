@@ -6,6 +6,7 @@ of processes, give the same samples.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from rlg.sampling import SampleId, SampleNoise
 from trainers import common
 from trainers.common import TrainConfig
 from trainers.loop import Trainer
+from trainers.skips import finite_mean
 
 SCALES = ("group", "batch", "none")
 
@@ -142,6 +144,7 @@ class OnlineTrainer(Trainer):
     """Sample, score, update. An algorithm adds `rollout` and `update`."""
 
     shown = ("reward", "kl", "clip_fraction", "seconds_per_image")
+    neutral = 0.0  # the advantage that teaches nothing
     config: OnlineConfig
 
     def __init__(
@@ -175,7 +178,10 @@ class OnlineTrainer(Trainer):
         sampled = time.perf_counter()
         advantage_B, metrics = self.score(samples)
         scored = time.perf_counter()
-        metrics |= self.update(samples, advantage_B)
+        if advantage_B is None:
+            self.skips.count("the reward of every group")
+        else:
+            metrics |= self.update(samples, advantage_B)
         finished = time.perf_counter()
         self.state.step += 1
         images = self.counts["images_per_iteration"]
@@ -245,18 +251,29 @@ class OnlineTrainer(Trainer):
         encoded = self.policy.encode([self.prompts[i].text for i in unique])
         return encoded[torch.tensor([unique.index(i) for i in prompt_ids], device=self.policy.device)]
 
-    def score(self, samples: Scored) -> tuple[Tensor, dict[str, float]]:
-        """(advantages of this process's samples, metrics over all processes)."""
+    def score(self, samples: Scored) -> tuple[Tensor | None, dict[str, float]]:
+        """(advantages of this process's samples, metrics over all processes).
+
+        An advantage is relative to its whole group: one image whose reward is not finite takes its group out, which
+        gets the advantage that teaches nothing. Where that takes out every group, there are no advantages: None.
+        """
         accelerator = self.accelerator
         scorer = samples.early.finish if samples.early else self.reward
         scores = scorer(samples.images_B3HW, *self._texts(samples.prompt_B))
         group_B = accelerator.gather(samples.prompt_B.to(accelerator.device)).cpu()
         total_B = accelerator.gather(scores.total_B.to(accelerator.device)).cpu().double()
         parts = {n: accelerator.gather(s.to(accelerator.device)).cpu().double() for n, s in scores.parts.items()}
-        advantage_B = self.advantages(total_B, parts, group_B)
-        spread_G = [float(total_B[group_B == g].std(unbiased=False)) for g in group_B.unique()]
-        metrics = {"reward": float(total_B.mean()), "reward_std": float(total_B.std(unbiased=False))}
-        metrics |= {f"reward/{name}": float(part.mean()) for name, part in parts.items()}
+        whole_B = ~torch.isin(group_B, group_B[~total_B.isfinite()])
+        metrics = {f"reward/{name}": float(finite_mean(part)) for name, part in parts.items()}
+        metrics |= {"unscored": int((~total_B.isfinite()).sum())}
+        if not whole_B.any():
+            return None, {name: value for name, value in metrics.items() if math.isfinite(value)}
+        kept = {name: part[whole_B].nan_to_num() for name, part in parts.items()}  # NaN: one of weight 0
+        total_N, group_N = total_B[whole_B], group_B[whole_B]
+        advantage_B = torch.full_like(total_B, self.neutral)
+        advantage_B[whole_B] = self.advantages(total_N, kept, group_N)
+        spread_G = [float(total_N[group_N == g].std(unbiased=False)) for g in group_N.unique()]
+        metrics |= {"reward": float(total_N.mean()), "reward_std": float(total_N.std(unbiased=False))}
         metrics["group_std"] = sum(spread_G) / len(spread_G)
         metrics["zero_std_ratio"] = sum(s < 1e-8 for s in spread_G) / len(spread_G)
         local = len(samples.prompt_B)

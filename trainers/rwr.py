@@ -74,6 +74,7 @@ class RWRTrainer(DenoisingTrainer):
     """Sample the base, weigh, fit; see the module's docstring."""
 
     shown = ("reward", "moved", "ess", "seconds_per_image")
+    neutral = 1.0
     config: RWRConfig
 
     def evaluation_schedule(self) -> Schedule:

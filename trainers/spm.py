@@ -20,8 +20,7 @@ Legend: B pairs of a batch, 2B their images, winners first; N held-out pairs.
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,10 +44,12 @@ from rlg.policy import Policy
 from rlg.sampling import SampleId
 from rlg.state import load_optimizer, save_optimizer
 from rlg.stats import Estimate, bootstrap_mean, paired_difference
-from trainers import common, preference_data
-from trainers.checkpoint import checkpoints, truncate_metrics
+from rlg.together import Interruption
+from trainers import common, preference_data, saving
+from trainers.checkpoint import truncate_metrics
 from trainers.common import RunConfig
 from trainers.preference_data import Batches, PairBatch
+from trainers.skips import SKIPPED, Skips, finite_mean
 
 AWARE, BLIND = "step_aware", "time_blind"
 REPORT = "accuracy.json"
@@ -131,6 +132,7 @@ class SPMTrainer:
     def __init__(self, config: SPMConfig, accelerator: Accelerator | None = None):
         self.config, self.step = config, 0
         self.accelerator = accelerator or common.make_accelerator(config)
+        self.skips = Skips(self.accelerator, config.folder, config.max_skipped)
         self.policy = Policy.load(config.model, config.dtype, self.accelerator.device)
         self.process = self.policy.process()
         self.predict = with_cfg(self.policy.reference, self.policy.encode([""]), config.guidance_scale)
@@ -197,8 +199,9 @@ class SPMTrainer:
         for _ in range(config.accumulation_steps):
             rows.append(self._train_on(next(batches), generator))
         self.step += 1
-        local = {name: torch.stack([row[name] for row in rows if name in row]).mean() for name in rows[-1]}
-        means = {name: float(accelerator.gather(value[None]).mean()) for name, value in local.items()}
+        local = {name: finite_mean(torch.stack([row[name] for row in rows if name in row])) for name in rows[-1]}
+        means = {name: float(finite_mean(accelerator.gather(value[None]))) for name, value in local.items()}
+        means = {name: value for name, value in means.items() if math.isfinite(value)}
         return means | {"seconds": time.perf_counter() - started}
 
     def _train_on(self, batch: PairBatch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -214,9 +217,10 @@ class SPMTrainer:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     parameters = [p for p in scorer.wrapped.parameters() if p.requires_grad]
-                    row["grad_norm"] = torch.as_tensor(
-                        self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-                    ).detach()
+                    norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+                    row["grad_norm"] = torch.as_tensor(norm).detach()
+                    if self.skips.must(norm):  # a margin that is not finite has no finite gradient
+                        scorer.optimizer.zero_grad()
                 scorer.optimizer.step()
                 scorer.optimizer.zero_grad()
                 metrics |= {f"{scorer.name}/{name}": value.to(self.accelerator.device) for name, value in row.items()}
@@ -228,17 +232,22 @@ class SPMTrainer:
 
     def train(self) -> None:
         """Run until `max_steps` or an interruption, save, and measure."""
+        config = self.config
+        with common.run_folder(config, self.accelerator):
+            if config.resume:
+                self.resume()
+            with saving.explaining(config.folder):
+                self._loop()
+
+    def _loop(self) -> None:
         config, accelerator = self.config, self.accelerator
-        common.prepare_folder(config, accelerator)
-        if config.resume:
-            self.resume()
         log, count = common.Log(config, accelerator), config.accumulation_steps
         batches = self.batches.iterate(self.step * count, config.max_steps * count)
         saved = self.step if config.resume else None
         bar = tqdm(total=config.max_steps, initial=self.step, disable=not accelerator.is_main_process)
-        with bar, common.Interruption(accelerator) as interruption:
+        with bar, Interruption() as interruption:
             while self.step < config.max_steps and not interruption.agreed():
-                metrics = self.iteration(batches)
+                metrics = self.iteration(batches) | {SKIPPED: self.skips.total}
                 log.metrics(self.step, metrics)
                 bar.set_postfix(
                     {name: f"{metrics[f'{name}/accuracy']:.3f}" for name in (s.name for s in self.scorers)}
@@ -257,37 +266,30 @@ class SPMTrainer:
 
     def save(self) -> int:
         """Write checkpoint-N, whole or not at all; returns N."""
-        folder = self.config.folder / f"checkpoint-{self.step}"
-        if self.accelerator.is_main_process:
-            temporary = folder.with_name(f".{folder.name}.tmp")
-            for old in (temporary, folder):
-                shutil.rmtree(old, ignore_errors=True)
-            (temporary / _STATE).mkdir(parents=True)
-            for scorer in self.scorers:
-                scorer.model.save(temporary / scorer.name)
-                save_optimizer(scorer.optimizer, temporary / _STATE / f"{scorer.name}.safetensors")
-            common.write_config(self.config, temporary)
-            (temporary / "state.json").write_text(json.dumps({"step": self.step, "base": self.config.model}))
-            os.replace(temporary, folder)
-            limit = self.config.save_total_limit
-            for old in checkpoints(self.config.folder)[: -limit if limit else 0]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        with saving.written(self.config, self.accelerator, self.step) as folder:
+            if self.accelerator.is_main_process:
+                (folder / _STATE).mkdir()
+                for scorer in self.scorers:
+                    scorer.model.save(folder / scorer.name)
+                    save_optimizer(scorer.optimizer, folder / _STATE / f"{scorer.name}.safetensors")
+                common.write_config(self.config, folder)
+                row = {"step": self.step, "base": self.config.model, "counters": self.skips.counters()}
+                saving.write_state(folder, row)
         return self.step
 
     def resume(self) -> None:
-        """Restore the last whole checkpoint. Raises ValueError if there is none, or it is damaged or does not fit."""
-        found = checkpoints(self.config.folder)
-        if not found:
-            raise ValueError(f"nothing to resume: {self.config.folder} holds no whole checkpoint")
+        """Restore the last whole checkpoint. Raises ValueError if there is none, or it does not fit."""
+        found = saving.to_resume(self.config.folder, self.accelerator)
         try:
             for scorer in self.scorers:
-                scorer.model.load_state_dict(load_file(found[-1] / scorer.name / step_aware.WEIGHTS))
-                load_optimizer(scorer.optimizer, found[-1] / _STATE / f"{scorer.name}.safetensors")
-            self.step = json.loads((found[-1] / "state.json").read_text())["step"]
+                scorer.model.load_state_dict(load_file(found / scorer.name / step_aware.WEIGHTS))
+                load_optimizer(scorer.optimizer, found / _STATE / f"{scorer.name}.safetensors")
+            row = json.loads((found / "state.json").read_text())
         except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:240]
-            raise ValueError(f"cannot resume from {found[-1]} with these settings: {reason}") from error
+            raise ValueError(f"cannot resume from {found} with these settings: {reason}") from error
+        self.step = row["step"]
+        self.skips.restore(row.get("counters", {}))
         if self.accelerator.is_main_process:
             truncate_metrics(self.config.folder / common.METRICS, self.step)
 

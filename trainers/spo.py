@@ -239,7 +239,7 @@ class SPOTrainer(OnlineTrainer):
         super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
         if scorer is None and reward is None:
             raise ValueError("nothing judges the candidates: give a reward or a scorer")
-        self.scorer: StepScorer = scorer or RewardScorer(reward)
+        self.scorer: StepScorer = scorer or RewardScorer(self.reward)
         scale = config.guidance_scale if config.train_guidance is None else config.train_guidance
         self.train_tuned = with_cfg(self.policy.predict, self.negative, scale)
         self.train_reference = with_cfg(self.policy.reference, self.negative, scale)
@@ -348,12 +348,17 @@ class SPOTrainer(OnlineTrainer):
             kept_B.repeat_interleave(steps).to(device),
         )
 
-    def score(self, samples: Rollout) -> tuple[Tensor, dict[str, float]]:
-        """(zeros, for there are no advantages; metrics of the chains' ends over all processes)."""
+    def score(self, samples: Rollout) -> tuple[Tensor | None, dict[str, float]]:
+        """(zeros, for there are no advantages; metrics of the chains' ends over all processes).
+
+        A pair of which a candidate's score is not finite is not kept; None instead of zeros if none is finite.
+        """
         score_N = self.accelerator.gather(samples.scores_N.to(self.accelerator.device))
-        metrics = {"preference_mean": float(score_N.mean()), "preference_std": float(score_N.std(unbiased=False))}
-        if self.reward is not None:
-            metrics |= super().score(samples)[1]
+        metrics = super().score(samples)[1] if self.reward is not None else {}
+        score_N = score_N[score_N.isfinite()]
+        if not len(score_N):
+            return None, metrics
+        metrics |= {"preference_mean": float(score_N.mean()), "preference_std": float(score_N.std(unbiased=False))}
         return torch.zeros(len(samples.prompt_B)), metrics
 
     def update(self, roll: Rollout, advantage_B: Tensor) -> dict[str, float]:
