@@ -19,7 +19,7 @@ from rlg.guidance import Predictor, with_cfg
 from rlg.process import Schedule
 from rlg.prompts import Prompt, spread
 from rlg.sampling import SampleId, SampleNoise
-from trainers import checkpoint, common
+from trainers import checkpoint, common, engines
 from trainers.checkpoint import Ema, TrainState
 from trainers.common import TrainConfig
 
@@ -103,10 +103,10 @@ class Trainer:
 
         Call it within `accelerator.accumulate(policy.wrapped)`, as the forward pass.
         """
-        self.accelerator.backward(loss)
+        self.accelerator.backward(engines.share(self.accelerator, loss))
         if self.accelerator.sync_gradients:
             norm = self.accelerator.clip_grad_norm_(self.policy.trainable(), self.config.max_grad_norm)
-            metrics["grad_norm"] = torch.as_tensor(norm).detach()
+            metrics["grad_norm"] = torch.as_tensor(norm, device=self.accelerator.device).detach()
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()
         if self.accelerator.sync_gradients and self.state.ema:
