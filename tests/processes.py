@@ -19,7 +19,7 @@ from conftest import brightness
 from rewards import RewardMix
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 400  # seconds; a start takes some 30 on two free cores
+TIMEOUT = 900  # seconds; a start takes some 30 on two free cores
 EVERY_TRAINER = {
     "reward": "jpeg_compressibility",
     "dtype": "float32",

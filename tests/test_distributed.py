@@ -1,4 +1,4 @@
-"""Several processes on the CPU train and evaluate as one does: one start of torchrun for the whole file."""
+"""Several processes on the CPU train and evaluate as one does: one start, by cpu2.yaml, for the whole file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import PROMPTS
-from processes import DPO, EVERY_TRAINER, GRPO, assert_same_metrics, options, started, train
+from processes import DPO, EVERY_TRAINER, GRPO, ROOT, assert_same_metrics, options, started, train
 from safetensors.torch import load_file
 
 from rlg import evaluate
@@ -78,9 +78,11 @@ def folders(
 
     judged = f"--ckpt {tiny_checkpoint('sd3')} --prompts {prompts} --steps 2 --sampler sde --cfg 1"
     judged = [*judged.split(), "--k", "2", "--scales", "0", "1", "2", "--batch_size", "6", "--output"]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "accelerate" / "cpu2.yaml")]
+    if world > 2:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     todo = [trained(many, world), [*judged, str(many / "eval")]]
-    with started(launcher, "test_distributed:worker", todo, many, ACCELERATE_USE_CPU="true"):
+    with started(launcher, "test_distributed:worker", todo, many, ACCELERATE_USE_CPU=str(world > 2).lower()):
         for name, arguments in trained(one, 1).items():
             train(f"train_{name}", [*arguments, *(["--max_steps", "3"] if name == "grpo" else [])])
         evaluate.main([*judged, str(one / "eval")])

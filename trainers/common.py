@@ -222,7 +222,7 @@ def prepare_policy(
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    engines.configure(accelerator, config.per_device_batch_size, config.max_grad_norm)
+    engines.configure(accelerator, policy.network, config.per_device_batch_size, config.max_grad_norm)
     policy.wrapped, optimizer = accelerator.prepare(policy.network, optimizer)
     return policy, optimizer, frozen
 

@@ -30,23 +30,37 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
 
     Raises ValueError for mixed precision under DeepSpeed.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return Accelerator(mixed_precision=mixed_precision, **options)
-    if mixed_precision != "no":
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if deepspeed and mixed_precision != "no":
         raise ValueError(
             f"mixed_precision is {mixed_precision}, with which DeepSpeed rounds the LoRA, too; "
             "give --mixed_precision no (the base keeps its own dtype)"
         )
-    if "LOCAL_RANK" in os.environ and not torch.cuda.is_available():
-        from deepspeed import ops
-
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it asks for a compiler, and only inference uses it
-        # accelerate opens a process group on the CPU (by gloo) only where it is told `cpu`, and then leaves DeepSpeed
-        # out; without one, each process would believe that it is alone
+    if not torch.accelerator.is_available():
+        # Told so, processes on the CPU find each other, by gloo; else each would believe that it is alone. It is said
+        # here and not to the Accelerator, which would then leave DeepSpeed out.
         PartialState(cpu=True)
+    if deepspeed:
+        _no_compiler()
     accelerator = Accelerator(mixed_precision=mixed_precision, **options)
-    unset_hf_deepspeed_config()  # else transformers would partition what it loads, such as text encoders
+    if deepspeed:
+        unset_hf_deepspeed_config()  # else transformers would partition what it loads, such as text encoders
     return accelerator
+
+
+def _no_compiler() -> None:
+    """Leave out what DeepSpeed compiles at its start on the CPU, a collective that only inference uses."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def require_plain(accelerator: Accelerator, what: str) -> None:
+    """Raise ValueError under DeepSpeed, for what it cannot train."""
+    if is_deepspeed(accelerator):
+        raise ValueError(
+            f"{what} under DeepSpeed; launch it with another file of launch/accelerate, such as 8gpu.yaml"
+        )
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -54,15 +68,31 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def configure(accelerator: Accelerator, batch_size: int, max_grad_norm: float) -> None:
-    """Tell DeepSpeed what the training config says, before `accelerator.prepare`."""
-    if not is_deepspeed(accelerator):
-        return
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    settings["train_micro_batch_size_per_gpu"] = batch_size
-    settings["train_batch_size"] = batch_size * accelerator.num_processes
-    settings["gradient_accumulation_steps"] = 1  # it changes between iterations: `share` counts
-    settings["gradient_clipping"] = max_grad_norm
+def configure(accelerator: Accelerator, network: nn.Module, batch_size: int, max_grad_norm: float) -> None:
+    """Tell the engine what the training config says, before `accelerator.prepare`. Raises ValueError for FSDP 1."""
+    if is_deepspeed(accelerator):
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = batch_size
+        settings["train_batch_size"] = batch_size * accelerator.num_processes
+        settings["gradient_accumulation_steps"] = 1  # it changes between iterations: `share` counts
+        settings["gradient_clipping"] = max_grad_norm
+    elif _is_fsdp(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version is {plugin.fsdp_version}; give 2, as launch/accelerate/fsdp2.yaml does")
+        lora = (".lora_A", ".lora_B")
+        plugin.ignored_modules = [module for name, module in network.named_modules() if name.endswith(lora)]
+
+
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Under FSDP2, the mean of all processes' gradients, which it leaves to us: the LoRA is whole everywhere."""
+    if _is_fsdp(accelerator):
+        for parameter in parameters:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
+
+def _is_fsdp(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def share(accelerator: Accelerator, loss: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class Trainer:
         """
         self.accelerator.backward(engines.share(self.accelerator, loss))
         if self.accelerator.sync_gradients:
+            engines.average_gradients(self.accelerator, self.policy.trainable())
             norm = self.accelerator.clip_grad_norm_(self.policy.trainable(), self.config.max_grad_norm)
             metrics["grad_norm"] = torch.as_tensor(norm, device=self.accelerator.device).detach()
         self.state.optimizer.step()
