@@ -107,6 +107,7 @@ class Evaluation:
 
 def load(args: argparse.Namespace) -> Loaded:
     """Models, rewards and prompts. Raises ValueError for what does not fit together."""
+    import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -120,7 +121,8 @@ def load(args: argparse.Namespace) -> Loaded:
     trained, names = _reward_names(args)
     if args.blend:
         check_pair(args.ckpts, args.morl or [], trained)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # else every process believes it is alone
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)  # without being told, every process on the CPU believes that it is alone
     reward = rewards.build(names, device=str(state.device))
     policy = Policy.load(base, args.dtype or "float32", state.device)
     if args.blend:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,8 +13,12 @@ from safetensors.torch import save_file
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Write an optimizer's state: tensors by "index.name", everything else as JSON in the header."""
-    state = optimizer.state_dict()
+    """Write an optimizer's state."""
+    save_optimizer_state(optimizer.state_dict(), path)
+
+
+def save_optimizer_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write torch's `state_dict` of an optimizer: tensors by "index.name", all else as JSON in the header."""
     tensors, plain = {}, {}
     for index, slots in state["state"].items():
         for name, value in slots.items():
@@ -26,6 +32,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Restore what `save_optimizer` wrote. Raises ValueError where the parameters don't match."""
+    optimizer.load_state_dict(read_optimizer_state(path))
+
+
+def read_optimizer_state(path: Path) -> dict[str, Any]:
+    """The `state_dict` that `save_optimizer_state` wrote."""
     state: dict[int, dict] = {}
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
@@ -35,4 +46,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     for key, value in json.loads(header["plain"]).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": json.loads(header["groups"])})
+    return {"state": state, "param_groups": json.loads(header["groups"])}

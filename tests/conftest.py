@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +17,10 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # tiny models lose time on more
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rewards import Reward, RewardMix
@@ -133,6 +136,29 @@ def check_contract(
 def brightness(images_B3HW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     """A reward for tests: smooth, and quickly learnt by a random model."""
     return images_B3HW.mean(dim=(1, 2, 3))
+
+
+def _png(level: float, noise: int) -> bytes:
+    """A 64x64 image of a brightness, with its own noise."""
+    pixels = 255 * (level + 0.1 * torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(noise)))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clamp(0, 255).byte().numpy()).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs in which the bright image won; the last row is a tie."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for i in range(9):
+        first_wins = i % 2 == 0
+        bright, dark = _png(0.7, 2 * i), _png(0.2, 2 * i + 1)
+        label = 0.5 if i == 8 else float(first_wins)
+        images = {"jpg_0": bright, "jpg_1": dark} if first_wins else {"jpg_0": dark, "jpg_1": bright}
+        rows.append(images | {"label_0": label, "label_1": 1 - label, "caption": PROMPTS[i % 3].text})
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    return folder
 
 
 @pytest.fixture

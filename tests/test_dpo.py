@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from PIL import Image
 
 from rewards import RewardMix
 from rlg import process
@@ -29,29 +26,6 @@ from trainers.dpo import (
 )
 
 Make = Callable[..., DPOTrainer]
-
-
-def png(level: float, noise: int) -> bytes:
-    """A 64x64 image of a brightness, with its own noise."""
-    pixels = 255 * (level + 0.1 * torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(noise)))
-    file = io.BytesIO()
-    Image.fromarray(pixels.clamp(0, 255).byte().numpy()).save(file, "png")
-    return file.getvalue()
-
-
-@pytest.fixture(scope="session")
-def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs in which the bright image won; the last row is a tie."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = []
-    for i in range(9):
-        first_wins = i % 2 == 0
-        bright, dark = png(0.7, 2 * i), png(0.2, 2 * i + 1)
-        label = 0.5 if i == 8 else float(first_wins)
-        images = {"jpg_0": bright, "jpg_1": dark} if first_wins else {"jpg_0": dark, "jpg_1": bright}
-        rows.append(images | {"label_0": label, "label_1": 1 - label, "caption": PROMPTS[i % 3].text})
-    datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
-    return folder
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from torch import nn
 from rlg import durable
 from rlg.config import CONFIG
 from rlg.policy import Policy
-from rlg.state import load_optimizer, save_optimizer
-from trainers import saving
+from rlg.state import read_optimizer_state, save_optimizer_state
+from trainers import engines, saving
 from trainers.common import METRICS, TrainConfig, write_config
 
 _STATE = "trainer_state"
@@ -39,7 +39,8 @@ class Ema:
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float, every: int):
         self.parameters = list(parameters)
         self.decay, self.every, self.steps = decay, every, 0
-        self.shadow = [p.detach().clone() for p in self.parameters]
+        with engines.whole(self.parameters):
+            self.shadow = [p.detach().clone() for p in self.parameters]
 
     def update(self) -> None:
         """Count an optimizer step, and fold the parameters in when it is time."""
@@ -47,15 +48,17 @@ class Ema:
         if self.steps % self.every:
             return
         decay = min((1 + self.steps) / (10 + self.steps), self.decay)
-        for shadow, parameter in zip(self.shadow, self.parameters, strict=True):
-            shadow.lerp_(parameter.detach(), 1 - decay)
+        with engines.whole(self.parameters):
+            for shadow, parameter in zip(self.shadow, self.parameters, strict=True):
+                shadow.lerp_(parameter.detach(), 1 - decay)
 
     def swap(self) -> None:
         """Exchange average and parameters; a second call undoes it."""
-        for shadow, parameter in zip(self.shadow, self.parameters, strict=True):
-            value = parameter.detach().clone()
-            parameter.data.copy_(shadow)
-            shadow.copy_(value)
+        with engines.whole(self.parameters, write=True):
+            for shadow, parameter in zip(self.shadow, self.parameters, strict=True):
+                value = parameter.detach().clone()
+                parameter.data.copy_(shadow)
+                shadow.copy_(value)
 
 
 @dataclass
@@ -89,21 +92,30 @@ def save_checkpoint(config: TrainConfig, accelerator: Accelerator, state: TrainS
     with saving.written(config, accelerator, state.step) as folder:
         (folder / _STATE).mkdir(exist_ok=True)
         save_file({"cpu": torch.get_rng_state()}, folder / _STATE / f"rng-{accelerator.process_index}.safetensors")
-        if accelerator.is_main_process:
-            _write_main(config, accelerator, state, folder)
+        _write(config, accelerator, state, folder)
     return config.folder / f"checkpoint-{state.step}"
 
 
-def _write_main(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
+def _write(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
+    """All but the generators. Every process calls it, as what lies in parts comes together; the main one writes."""
+    main, adapters = accelerator.is_main_process, _adapters(state)
+    optimizer = engines.optimizer_state(state.optimizer, adapters["lora"])
+    with engines.whole([p for parameters in adapters.values() for p in parameters]):
+        if main:
+            _write_state(config, accelerator, state, folder)
+            save_optimizer_state(optimizer, folder / _STATE / "optimizer.safetensors")
+    with state.averaged(), engines.whole(adapters["lora"]):
+        if main:
+            state.policy.save_adapter(folder)
+
+
+def _write_state(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
     for name, parameters in _adapters(state).items():
         tensors = {str(i): p.detach().cpu().clone() for i, p in enumerate(parameters)}
         save_file(tensors, folder / _STATE / f"{name}.safetensors")
-    save_optimizer(state.optimizer, folder / _STATE / "optimizer.safetensors")
     if state.ema:
         average = {str(i): s.cpu().clone() for i, s in enumerate(state.ema.shadow)}
         save_file(average, folder / _STATE / "ema.safetensors")
-    with state.averaged():
-        state.policy.save_adapter(folder)
     write_config(config, folder)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     row = {
@@ -141,12 +153,14 @@ def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, f
     row = json.loads((folder / "state.json").read_text())
     for name, parameters in _adapters(state).items():
         saved = load_file(folder / _STATE / f"{name}.safetensors")
-        if [tuple(saved[k].shape) for k in sorted(saved, key=int)] != [tuple(p.shape) for p in parameters]:
+        if [tuple(saved[k].shape) for k in sorted(saved, key=int)] != engines.shapes(parameters):
             raise ValueError(f"{folder} was made with another LoRA (rank or targets); resume with its {CONFIG}")
-        for i, parameter in enumerate(parameters):
-            parameter.data.copy_(saved[str(i)])
+        with engines.whole(parameters, write=True):
+            for i, parameter in enumerate(parameters):
+                parameter.data.copy_(saved[str(i)])
     options = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-    load_optimizer(state.optimizer, folder / _STATE / "optimizer.safetensors")
+    saved = read_optimizer_state(folder / _STATE / "optimizer.safetensors")
+    engines.load_optimizer_state(state.optimizer, state.policy.trainable(), saved)
     for group, ours in zip(state.optimizer.param_groups, options, strict=True):
         group.update(ours)  # the file brings its own learning rate
     if state.ema:

@@ -25,6 +25,7 @@ from rlg.cli import stop
 from rlg.config import CONFIG, METRICS
 from rlg.policy import Policy
 from rlg.together import together
+from trainers import engines
 
 SAMPLES = "samples"
 _COMMAND = ("resume", "overwrite", "dry_run")  # what to do, and no part of what a run is
@@ -215,7 +216,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """accelerate's engine for this run. Raises ValueError for a tracker that is not installed."""
     if config.report_to not in ("none", *map(str, get_available_trackers())):  # accelerate would drop it in silence
         raise ValueError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
-    return Accelerator(
+    return engines.make_accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / "logs")),
@@ -240,6 +241,7 @@ def prepare_policy(
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
+    engines.configure(accelerator, policy.network, config.per_device_batch_size, config.max_grad_norm)
     policy.wrapped, optimizer = accelerator.prepare(policy.network, optimizer)
     return policy, optimizer, frozen
 

@@ -182,7 +182,7 @@ class PairLoss:
     """The loss of latent pairs under a trainer's policy, for both trainers."""
 
     def __init__(self, trainer: Trainer, config: LossConfig):
-        self.policy, self.autocast, self.config = trainer.policy, trainer.accelerator.autocast, config
+        self.policy, self.accelerator, self.config = trainer.policy, trainer.accelerator, config
         self.process = noisier(trainer.policy.process(), config.min_noise)
 
     def __call__(self, pairs: LatentPairs, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -192,12 +192,13 @@ class PairLoss:
     def errors(self, pairs: LatentPairs, generator: torch.Generator) -> Errors:
         """At one random noise level a pair, shared by winner and loser as the noise is."""
         x0 = torch.cat([pairs.winner_BCHW, pairs.loser_BCHW])
-        count = len(pairs.winner_BCHW)
-        rows_B = process.sample_t(self.process, count, generator).repeat(2)
-        noise = torch.randn(pairs.winner_BCHW.shape, generator=generator).to(x0.device).repeat(2, 1, 1, 1)
+        count, *shape = pairs.winner_BCHW.shape
+        total = count * self.accelerator.num_processes
+        rows_B = self._own(process.sample_t(self.process, total, generator)).repeat(2)
+        noise = self._own(torch.randn(total, *shape, generator=generator)).to(x0.device).repeat(2, 1, 1, 1)
         x_t, target = process.noise(self.process, rows_B, x0, noise)
         t_B, cond = self.process.time[rows_B].to(x0.device), Conditioning.cat([pairs.winner_cond, pairs.loser_cond])
-        with self.autocast():
+        with self.accelerator.autocast():
             with torch.no_grad():
                 ref = self.policy.reference(x_t, t_B, cond)
             out = self.policy.predict(x_t, t_B, cond)
@@ -206,8 +207,13 @@ class PairLoss:
 
     def drop_captions(self, captions: Sequence[str], generator: torch.Generator) -> list[str]:
         """The captions, some of them emptied."""
-        dropped = torch.rand(len(captions), generator=generator) < self.config.caption_dropout
+        draws = torch.rand(len(captions) * self.accelerator.num_processes, generator=generator)
+        dropped = self._own(draws) < self.config.caption_dropout
         return ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+
+    def _own(self, draws: Tensor) -> Tensor:
+        """This process's share: all draw for the whole batch alike, so that their number changes nothing."""
+        return draws.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
 
 class PairEncoder:
@@ -294,8 +300,7 @@ class DPOTrainer(Trainer):
         """One optimizer step; what it is trained on depends on (seed, step) alone."""
         started, config = time.perf_counter(), self.config
         self.begin_updates(config.accumulation_steps)
-        seed = (config.seed * 1_000_003 + self.state.step) * 1009 + self.accelerator.process_index
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + self.state.step) * 1009)
         collected: list[dict[str, Tensor]] = []
         for batch in self._next_batches():
             pairs = self.encode(batch, self.pair_loss.drop_captions(batch.captions, generator))
@@ -326,14 +331,14 @@ class DPOTrainer(Trainer):
 
     def _test(self) -> dict[str, float]:
         """A pair's margin is the mean over the same noise levels and noises in every evaluation."""
-        config, accelerator, rank = self.config, self.accelerator, self.accelerator.process_index
+        config, accelerator = self.config, self.accelerator
         count = min(config.test_pairs, len(self.test.data))
         margins = []
         with self.state.averaged():
             for number in range(-(-count // self.test.batch_size)):
                 batch = self.test.batch(number)
                 pairs = self.encode_test(batch, batch.captions)
-                generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) * 1009 + rank)
+                generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) * 1009)
                 draws = [
                     margin(self.pair_loss.errors(pairs, generator), config.beta) for _ in range(config.test_draws)
                 ]
@@ -364,7 +369,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         config = self.config
         x0, size = torch.cat(samples.latents), config.num_generations
         best, worst, differ = best_and_worst(advantage_B.cpu().view(-1, size))
-        generator = torch.Generator().manual_seed(self.iteration_seed() * 1009 + self.accelerator.process_index)
+        generator = torch.Generator().manual_seed(self.iteration_seed() * 1009)
         chunks = torch.arange(len(best)).split(-(-len(best) // config.num_updates))
         collected: list[dict[str, Tensor]] = []
         for chunk in chunks:

@@ -21,7 +21,7 @@ from rlg.process import Schedule
 from rlg.prompts import Prompt, spread
 from rlg.sampling import SampleId, SampleNoise
 from rlg.together import Interruption
-from trainers import checkpoint, common, saving
+from trainers import checkpoint, common, engines, saving
 from trainers.checkpoint import Ema, TrainState
 from trainers.common import TrainConfig
 from trainers.skips import SKIPPED, Skips, finite_mean
@@ -118,11 +118,12 @@ class Trainer:
         Call it within `accelerator.accumulate(policy.wrapped)`, as the forward pass.
         """
         self.skips.watch(loss)
-        self.accelerator.backward(loss)
+        self.accelerator.backward(engines.share(self.accelerator, loss))
         skipped = False
         if self.accelerator.sync_gradients:
+            engines.average_gradients(self.accelerator, self.policy.trainable())
             norm = self.accelerator.clip_grad_norm_(self.policy.trainable(), self.config.max_grad_norm)
-            metrics["grad_norm"] = torch.as_tensor(norm).detach()
+            metrics["grad_norm"] = torch.as_tensor(norm, device=self.accelerator.device).detach()
             skipped = self.skips.must(norm)
             if skipped:
                 self.state.optimizer.zero_grad()  # a step without gradients changes nothing, moments included

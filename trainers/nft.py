@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rlg import process
 from rlg.backbones import Conditioning
-from trainers import common
+from trainers import common, engines
 from trainers.online import DenoisingTrainer, OnlineConfig, Samples
 
 OLD = "old"  # the adapter that samples
@@ -124,5 +124,7 @@ class NFTTrainer(DenoisingTrainer):
 
     @torch.no_grad()
     def _follow(self, decay: float) -> None:
-        for old, trained in zip(self.state.copies[OLD], self.policy.trainable(), strict=True):
-            old.lerp_(trained, 1 - decay)
+        copies, parameters = self.state.copies[OLD], self.policy.trainable()
+        with engines.whole([*copies, *parameters], write=True):
+            for old, trained in zip(copies, parameters, strict=True):
+                old.lerp_(trained, 1 - decay)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
-from trainers import saving
+from trainers import engines, saving
 
 SKIPPED, _IN_A_ROW = "skipped", "skipped_in_a_row"  # counters of a run
 _LEAST_SCALE = 1.0  # a gradient scaler below this does not overflow because of its scale
@@ -26,7 +25,7 @@ class Skips:
 
     def __init__(self, accelerator: Accelerator, folder: Path, limit: int):
         self.accelerator, self.folder = accelerator, folder
-        self.limit = 1 if accelerator.distributed_type == DistributedType.DEEPSPEED else limit
+        self.limit = 1 if engines.is_deepspeed(accelerator) else limit
         self.total = self.in_a_row = 0
         self._broken: Tensor | None = None  # whether a loss since the last update was not finite
 

@@ -45,7 +45,7 @@ from rlg.sampling import SampleId
 from rlg.state import load_optimizer, save_optimizer
 from rlg.stats import Estimate, bootstrap_mean, paired_difference
 from rlg.together import Interruption
-from trainers import common, preference_data, saving
+from trainers import common, engines, preference_data, saving
 from trainers.checkpoint import truncate_metrics
 from trainers.common import RunConfig
 from trainers.preference_data import Batches, PairBatch
@@ -132,6 +132,7 @@ class SPMTrainer:
     def __init__(self, config: SPMConfig, accelerator: Accelerator | None = None):
         self.config, self.step = config, 0
         self.accelerator = accelerator or common.make_accelerator(config)
+        engines.require_plain(self.accelerator, "two models at once")
         self.skips = Skips(self.accelerator, config.folder, config.max_skipped)
         self.policy = Policy.load(config.model, config.dtype, self.accelerator.device)
         self.process = self.policy.process()
