@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from rlg.config import check_links, read_json
 from rlg.stats import Row, read_rows
 
 ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
@@ -74,16 +75,18 @@ def to_pil(image_3HW: Tensor) -> Image.Image:
 def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
     """Create the folder and meta.json.
 
-    Raises ValueError if it holds an evaluation under other settings, or something that is no evaluation.
+    Raises ValueError if it holds an evaluation under other settings, something that is no evaluation, or a link that
+    leads out of it.
     """
     file = folder / META
+    check_links(folder)
     if folder.exists() and any(folder.iterdir()) and not file.is_file():
         raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
     if overwrite and file.is_file():
         for old in [file, *folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
             old.unlink()
     if file.is_file():
-        before = _DEFAULTS | json.loads(file.read_text())
+        before = _DEFAULTS | read_json(file)
         changed = [k for k in meta if before.get(k) != meta[k]]
         if changed:
             raise ValueError(

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
@@ -46,7 +45,7 @@ from rlg.sampling import SampleId
 from rlg.state import load_optimizer, save_optimizer
 from rlg.stats import Estimate, bootstrap_mean, paired_difference
 from trainers import common, preference_data
-from trainers.checkpoint import checkpoints, truncate_metrics
+from trainers.checkpoint import DAMAGED, checkpoints, read_state, truncate_metrics
 from trainers.common import RunConfig
 from trainers.preference_data import Batches, PairBatch
 
@@ -284,8 +283,8 @@ class SPMTrainer:
             for scorer in self.scorers:
                 scorer.model.load_state_dict(load_file(found[-1] / scorer.name / step_aware.WEIGHTS))
                 load_optimizer(scorer.optimizer, found[-1] / _STATE / f"{scorer.name}.safetensors")
-            self.step = json.loads((found[-1] / "state.json").read_text())["step"]
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            self.step = read_state(found[-1])["step"]
+        except DAMAGED as error:
             reason = " ".join(str(error).split())[:240]
             raise ValueError(f"cannot resume from {found[-1]} with these settings: {reason}") from error
         if self.accelerator.is_main_process:
