@@ -20,6 +20,7 @@ TRIES = 6
 BACKOFF = 1.0  # seconds before the second try, doubled before each later one: 31 s in all
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 300.0  # a large batch on a busy server
+MAX_ANSWER = 16 * 10**6  # bytes: a few numbers and sentences an image
 
 
 class BadRequestError(ValueError):
@@ -68,7 +69,7 @@ class Server:
             if trial:
                 self._sleep(BACKOFF * 2 ** (trial - 1))
             try:
-                answer = self._client.request(method, self.url + path, json=body)
+                answer = self._send(method, path, body)
             except httpx.RequestError as error:
                 failure = f"cannot be reached ({type(error).__name__}: {error})"
                 continue
@@ -77,6 +78,16 @@ class Server:
                 continue
             return self._read(answer)
         raise self.error(f"{failure}; gave up after {TRIES} tries")
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """The answer, of which no more than MAX_ANSWER bytes are ever held, however it was compressed."""
+        with self._client.stream(method, self.url + path, json=body) as answer:
+            content = bytearray()
+            for chunk in answer.iter_bytes():
+                content += chunk
+                if len(content) > MAX_ANSWER:
+                    raise self.error(f"answered more than {MAX_ANSWER / 1e6:g} MB")
+        return httpx.Response(answer.status_code, content=bytes(content))
 
     def _read(self, answer: httpx.Response) -> Any:
         if answer.status_code in (400, 422):
@@ -87,7 +98,7 @@ class Server:
             raise self.error(f"answered {answer.status_code}: {_said(answer)}")
         try:
             return answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self.error(f"answered something that is not JSON: {_said(answer)}") from None
 
 
@@ -108,9 +119,11 @@ def _said(answer: httpx.Response) -> str:
     """The message in an answer, on one line: of rewards.serve and FastAPI, of OpenAI's form, or its text."""
     try:
         body = answer.json()
-    except ValueError:
+        str(body)
+    except (ValueError, RecursionError):
         body = answer.text
     for key in ("detail", "error", "message"):
         if isinstance(body, dict) and body.get(key):
             body = body[key]
-    return textwrap.shorten(str(body), 400) or answer.reason_phrase
+    said = "".join(sign if sign.isprintable() else " " for sign in str(body)[:4000])  # it must not steer a terminal
+    return textwrap.shorten(said, 400) or answer.reason_phrase

@@ -6,7 +6,7 @@ channel (see rewards.wire).
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from rewards import Reward
 from rewards.http import Server
 from rewards.wire import to_png
 
+_LARGEST = torch.finfo(torch.float32).max  # also of whole numbers, of which JSON has larger ones than floats
 BATCH = 16  # images a request: 70 MB at most at 1024 x 1024
 
 
@@ -49,6 +50,8 @@ def ask(
     if len(scores) != len(prompts):
         raise server.error(f"returned {len(scores)} scores for {len(prompts)} images")
     for index, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise server.error(f"returned {score!r} as the score of image {index} of {len(prompts)}")
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= _LARGEST:
+            raise server.error(
+                f"returned {textwrap.shorten(repr(score), 80)} as the score of image {index} of {len(prompts)}"
+            )
     return [float(score) for score in scores]

@@ -47,7 +47,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def stop(message: str) -> NoReturn:
     """Print one line on stderr and exit with code 2, as all commands do (rlg.cli is out of reach from here)."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 

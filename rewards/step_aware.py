@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from rewards.pixels import CLIP_MEAN, CLIP_STD
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose size, tokenizer and preprocessing the released weights have
+_MOST_LAYERS = 1000  # of a tower: each takes milliseconds to set up, before any weight is read
 _FREQUENCIES = 256
 _PERIOD = 10_000
 _BUFFERS = ("position_ids",)  # older transformers saved these constants
@@ -189,13 +190,19 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> StepAwareModel
             f"(rewards/step_aware.py says how), and give that file"
         )
     if path.is_dir():
-        config, tokenizer, file = CLIPConfig.from_dict(_read_json(path / CONFIG)), str(path), path / WEIGHTS
+        config, tokenizer, file = _config(path / CONFIG), str(path), path / WEIGHTS
     elif path.suffix == ".safetensors":
         config, tokenizer, file = clip_h_config(), CLIP_H, path
     else:
         raise ValueError(f"no step-aware preference model at {path}: neither a folder nor a .safetensors file")
+    try:
+        with torch.device("meta"):  # no memory is taken for what the weights do not hold
+            expected = StepAwareModel(config).state_dict()
+    except Exception as error:  # transformers raises whatever a config makes it
+        raise ValueError(f"{path}: {CONFIG} describes no model: {' '.join(str(error).split())[:240]}") from error
+    found = _weights(file, expected)
     model = StepAwareModel(config)
-    _fill(model, file)
+    model.load_state_dict(found)
     model.tokenizer = _tokenizer(tokenizer)
     return model.requires_grad_(False).eval().to(device)
 
@@ -214,21 +221,36 @@ def from_clip(name: str) -> StepAwareModel:
     return model
 
 
-def _fill(model: StepAwareModel, file: Path) -> None:
+def _config(file: Path) -> CLIPConfig:
+    row = _read_json(file)
+    try:
+        config = CLIPConfig.from_dict(row)
+        layers = [part.num_hidden_layers for part in (config.text_config, config.vision_config)]
+        if max(layers) > _MOST_LAYERS:
+            raise ValueError(f"{max(layers)} layers")
+        return config
+    except Exception as error:  # transformers raises whatever a config makes it
+        raise ValueError(f"cannot read {file}: {' '.join(str(error).split())[:240]}") from error
+
+
+def _weights(file: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     found = {name: tensor.float() for name, tensor in found.items() if name.rsplit(".", 1)[-1] not in _BUFFERS}
-    if wrong := difference(model.state_dict(), found):
+    if wrong := difference(expected, found):
         raise ValueError(f"{file} is not a step-aware preference model: {wrong}")
-    model.load_state_dict(found)
+    return found
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        row = json.loads(file.read_bytes())
+        if not isinstance(row, dict):
+            raise ValueError("it holds no object")
+        return row
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
 
 

@@ -155,7 +155,6 @@ def _connect(rubric: Rubric, source: str | None) -> VLM:
     except (TypeError, KeyError):
         raise server.error("answered without a list of models under 'data'; does the URL end in /v1?") from None
     if model not in known:
-        raise ValueError(
-            f"{server.url} serves {', '.join(map(str, known))}, not {model}; name one: {rubric.name}={url}#MODEL"
-        )
+        names = textwrap.shorten(", ".join(str(name)[:200] for name in known[:20]), 400)
+        raise ValueError(f"{server.url} serves {names}, not {model}; name one: {rubric.name}={url}#MODEL")
     return VLM(rubric, server, model)

@@ -7,13 +7,13 @@ what an adapter was trained on. kohya-style files are renamed by diffusers' own 
 
 from __future__ import annotations
 
-import json
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlg import hub, manifest
+from rlg import adapter_config, hub, manifest
+from rlg.config import parse_json, read_json
 
 DENOISERS = ("transformer", "unet")  # what diffusers pipelines call their network, and the prefixes in its LoRA files
 NAME = "default"  # PEFT's name of the adapter inside the network
@@ -48,6 +49,7 @@ class AdapterFile:
     base: str | None  # what it was trained on, where it says so
     path: Path
     converted: bool = False  # the tensors are not named as in the file, and alpha is in them
+    header: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a diffusers file: part -> its LoRA's settings
 
 
 @contextmanager
@@ -175,19 +177,45 @@ def read(path: str | Path) -> AdapterFile:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or cut short: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ValueError(f"{file} is damaged: {key} holds NaN or an infinity")
     if file.name != PEFT_WEIGHTS:
-        return AdapterFile(None, tensors, None, file)
+        return AdapterFile(None, tensors, None, file, header=_read_header(file))
     config = _read_config(file.with_name(PEFT_CONFIG))
     tensors = {k.removeprefix(_PEFT_PREFIX): v for k, v in tensors.items()}
     return AdapterFile(config, tensors, config.base_model_name_or_path, file)
+
+
+def _read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Settings in a diffusers file, by the part of the pipeline that they are of; diffusers acts on them."""
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get("lora_adapter_metadata")
+    parts: dict[str, dict[str, Any]] = {}
+    try:
+        for key, value in parse_json(text).items() if text else ():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = value
+        for row in parts.values():
+            adapter_config.check_plain(row)
+            if isinstance(row.get("target_modules"), str):
+                raise ValueError("target_modules must list names, not be a pattern")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: settings in the header: {error}") from error
+    return parts
 
 
 def _read_config(file: Path) -> LoraConfig:
     if not file.is_file():
         raise ValueError(f"{file} is missing; a PEFT folder needs it beside {PEFT_WEIGHTS}")
     try:
-        kind = json.loads(file.read_text(encoding="utf-8"))["peft_type"]
-        config = LoraConfig.from_pretrained(file.parent) if kind == "LORA" else None
+        row = read_json(file)
+        if row["peft_type"] == "LORA":
+            adapter_config.check_plain(row)
+        config = LoraConfig.from_pretrained(file.parent) if row["peft_type"] == "LORA" else None
+        base = config.base_model_name_or_path if config else None
+        if not isinstance(base, (str, NoneType)):
+            raise TypeError(f"base_model_name_or_path must be text, got {base!r}")
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if config is None or config.bias != "none" or config.modules_to_save:
@@ -285,6 +313,12 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
     weights = dict(network.named_parameters())
     trained_on = f" (trained on {adapter.base})" if adapter.base else ""
     misfit = f"{adapter.path}{trained_on} does not fit this base model"
+    settings = [adapter.config.to_dict()] if adapter.config else adapter.header.values()
+    try:
+        for row in settings:
+            adapter_config.check_ranks(row, adapter.tensors)
+    except ValueError as error:
+        raise ValueError(f"{adapter.path} does not fit this base model: {error}") from error
     for key, tensor in adapter.tensors.items():
         prefix, _, name = ("", "", key) if adapter.config else key.partition(".")
         module, _, kind = name.partition(".lora_")
@@ -292,7 +326,8 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
             continue  # a text encoder's, or the naming of another trainer: for diffusers to judge
         weight = weights.get(f"{module}.weight", weights.get(f"{module}.base_layer.weight"))  # another adapter's layer
         axis = 0 if kind.startswith("B") else 1
-        if weight is None or tensor.shape[axis] != weight.shape[axis]:
+        flat = weight is not None and min(tensor.ndim, weight.ndim) < 2
+        if weight is None or flat or tensor.shape[axis] != weight.shape[axis]:
             found = "no such layer" if weight is None else f"{tuple(weight.shape)} against {tuple(tensor.shape)}"
             raise ValueError(f"{misfit}: {module}: {found}")
         partner = f"{key.rpartition('.lora_')[0]}.lora_{'A' if axis == 0 else 'B'}.weight"
@@ -302,7 +337,7 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
 
 def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile, name: str) -> None:
     adapter.config.inference_mode = False
-    network.add_adapter(adapter.config, name)
+    network.add_adapter(adapter_config.named(adapter.config, adapter.tensors), name)
     result = set_peft_model_state_dict(network, adapter.tensors, adapter_name=name)
     missing = [key for key in result.missing_keys if ".lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:

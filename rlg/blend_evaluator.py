@@ -21,12 +21,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from rewards import RewardMix
 from rlg import adapters, blend, guidance, process
+from rlg.config import read_json
 from rlg.eval_folder import META, Job
 from rlg.evaluator import RLG, EvalSettings, Evaluator
 from rlg.policy import Policy
@@ -143,6 +144,6 @@ def short_names(names: Sequence[str]) -> list[str]:
 def allow_more_morl(folder: Path, morl: Sequence[str]) -> None:
     """Let an evaluation that is there go on with more models trained on a mix: those it has stay the first ones."""
     file = folder / META
-    before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    if "morl" in before and before["morl"] == list(morl[: len(before["morl"])]):
+    before = read_json(file) if file.is_file() else {}
+    if isinstance(before.get("morl"), list) and before["morl"] == list(morl[: len(before["morl"])]):
         file.write_text(json.dumps(before | {"morl": list(morl)}, indent=1))

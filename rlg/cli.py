@@ -15,8 +15,9 @@ TUNED_HELP = (
 
 
 def stop(message: str) -> NoReturn:
-    """Print one line on stderr and exit with code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line on stderr and exit with code 2; what a file holds does not steer the terminal."""
+    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import matplotlib
 import numpy as np
@@ -33,7 +33,7 @@ from rewards import RewardMix
 from rlg import prompts as prompt_sets
 from rlg import run_lock
 from rlg.cli import Parser, fail_cleanly
-from rlg.config import read_yaml
+from rlg.config import check_type, read_yaml
 from rlg.eval_folder import ROWS, merge, prepare_folder
 from rlg.evaluator import RLG, EvalSettings, Evaluator, evaluate
 from rlg.oracle import Array, Oracle, tilted
@@ -82,9 +82,10 @@ class Experiment:
         unknown = sorted(set(row) - set(known))
         if unknown:
             raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
-        for name in ("scales", "trained"):
-            if name in row:
-                row[name] = tuple(row[name])
+        hints = get_type_hints(cls)
+        for name, value in row.items():
+            check_type(f"{path}: {name}", value, hints[name])
+        row = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
         try:
             return cls(**row)
         except TypeError as error:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlg import durable, run_lock
+from rlg.config import check_links, read_json
 from rlg.stats import Row, read_rows
 
 ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
@@ -92,16 +93,18 @@ def to_pil(image_3HW: Tensor) -> Image.Image:
 def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
     """Create the folder and meta.json.
 
-    Raises ValueError if it holds an evaluation under other settings, or something that is no evaluation.
+    Raises ValueError if it holds an evaluation under other settings, something that is no evaluation, or a link that
+    leads out of it.
     """
     file = folder / META
+    check_links(folder)
     if run_lock.content(folder) and not file.is_file():
         raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
     if overwrite and file.is_file():
         for old in [*folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
             old.unlink()  # meta.json stays until it is replaced, as without it this is no evaluation's folder
     elif file.is_file():
-        before = _DEFAULTS | json.loads(file.read_text())
+        before = _DEFAULTS | read_json(file)
         changed = [k for k in meta if before.get(k) != meta[k]]
         if changed:
             raise ValueError(

@@ -26,6 +26,7 @@ from typing import Any
 from rlg import durable, eval_arguments, evaluate, heatmap, run_lock
 from rlg.choose import GOALS
 from rlg.cli import Parser, fail_cleanly
+from rlg.config import check_links, read_json
 from rlg.eval_folder import META, ROWS
 from rlg.evaluator import RLG, TWICE
 from rlg.stats import Row, bootstrap_mean, pair, paired_difference, read_rows
@@ -134,7 +135,8 @@ def _arguments(args: argparse.Namespace, changes: Mapping[str, Any]) -> argparse
 
 
 def check_output(plan: Plan) -> None:
-    """Raise ValueError if the grid's folder holds something else."""
+    """Raise ValueError if the grid's folder holds something else, or a link that leads out of it."""
+    check_links(plan.output)
     present = {file.name for file in run_lock.content(plan.output)}
     if present and not present & {GRID, *plan.evaluations}:
         raise ValueError(f"{plan.output} is not empty and holds no grid of this axis; give --output another folder")
@@ -153,7 +155,7 @@ def tabulate(plan: Plan) -> dict[str, Any]:
     for name in plan.evaluations:
         for row in read_rows(plan.output / name / ROWS):
             found[Source(name, row.mode, row.w)].append(row)
-    first = json.loads((plan.output / folder_of(plan.axis, plan.values[0]) / META).read_text())
+    first = read_json(plan.output / folder_of(plan.axis, plan.values[0]) / META)
     varied = {"created", "command", plan.axis}
     return {
         "axis": plan.axis,

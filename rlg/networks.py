@@ -7,7 +7,6 @@ Only safetensors is read, and its headers are compared with the base before any 
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Mapping
@@ -19,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rlg import adapters, hub
+from rlg.config import parse_json
 
 CONFIG = "config.json"
+_FREE = ("sample_size",)  # may differ between networks of the same weights
 _WEIGHTS = "diffusion_pytorch_model"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _FILE = re.compile(rf"{_WEIGHTS}(?:\.(?P<variant>\w+))?\.safetensors")
@@ -87,9 +88,10 @@ def _folder(source: hub.Source) -> str | None:
 
 
 def _json(source: hub.Source, name: str) -> dict[str, Any]:
+    text = (source.fetch(name) / name).read_bytes()
     try:
-        row = json.loads((source.fetch(name) / name).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        row = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{source.where(name)} is damaged: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{source.where(name)} is damaged: it holds no mapping")
@@ -100,6 +102,14 @@ def _check_class(where: str, config: Mapping[str, Any], base: nn.Module) -> None
     found, expected = config.get("_class_name"), type(base).__name__
     if found != expected:
         raise ValueError(f"{where} does not fit this base model: a {found} against a {expected}")
+    for name, ours in base.config.items():  # before diffusers builds a network of a billion layers
+        theirs = config.get(name, ours)
+        if _is_count(theirs) and theirs != (list(ours) if isinstance(ours, tuple) else ours) and name not in _FREE:
+            raise ValueError(f"{where} does not fit this base model: {name} is {theirs} against {ours}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) in (int, list)
 
 
 def _check_scheduler(where: str, config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
@@ -118,7 +128,10 @@ def _weights(source: hub.Source, folder: str) -> tuple[str | None, list[Path]]:
     best = min(found, key=lambda m: (m["variant"] is not None, m["variant"] != "fp16"))
     names = [best.string]
     if best.re is _INDEX:
-        names = sorted(set(_json(source, folder + best.string).get("weight_map", {}).values()))
+        listed = _json(source, folder + best.string).get("weight_map", {})
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError(f"{source.where(folder + best.string)} is damaged: weight_map must name a file a tensor")
+        names = sorted(set(listed.values()))
         missing = [name for name in names if folder + name not in source.files]
         if missing or not names:
             raise ValueError(f"{source.where(folder + best.string)} names files that are missing: {missing}")

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from rlg import adapters, networks
 from rlg.backbones import Conditioning, backbone_of
+from rlg.config import read_json
 from rlg.process import Process, Schedule, config_of, make_schedule, process_from_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENCODE_BATCH = 64
+_MOST_LAYERS, _LARGEST_SIZE = 1000, 2**20  # of a network; the largest vocabulary of a text encoder has 2^18 words
 
 
 class Policy:
@@ -243,7 +245,24 @@ def load_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     Raises ValueError if it is missing, incomplete, damaged or pickled.
     """
     with _loading(base):
-        return DiffusionPipeline.from_pretrained(_location(base), dtype=dtype, use_safetensors=True)
+        location = _location(base)
+        _check_configs(Path(location))
+        return DiffusionPipeline.from_pretrained(location, dtype=dtype, use_safetensors=True)
+
+
+def _check_configs(folder: Path) -> None:
+    """Raise ValueError for configs in a local folder that ask for more than a model has, before it is set up."""
+    for pattern in ("model_index.json", "*/config.json", "*/scheduler_config.json"):
+        for file in sorted(folder.glob(pattern)):
+            waiting = list(read_json(file).items())
+            while waiting:
+                key, value = waiting.pop()
+                if isinstance(value, (dict, list)):
+                    if len(value) > _MOST_LAYERS and isinstance(value, list):
+                        raise ValueError(f"{file}: {key} has {len(value)} entries")
+                    waiting += value.items() if isinstance(value, dict) else [(key, each) for each in value]
+                elif type(value) is int and value > (_MOST_LAYERS if "layer" in key else _LARGEST_SIZE):
+                    raise ValueError(f"{file}: {key} is {value}")
 
 
 def _check_family(base: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlg.config import parse_json
 
 _TINYWORLD = "tinyworld:"
 _HUB = "hub:"
@@ -58,11 +59,13 @@ def _parse_text(line: str, place: str) -> Prompt:
 
 def _parse_json(line: str, place: str) -> Prompt:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place}: not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f"{place}: a row needs a text under `prompt`")
+    if any("\ud800" <= sign <= "\udfff" for sign in row["prompt"]):  # no tokenizer takes it, and no file
+        raise ValueError(f"{place}: the prompt holds half a surrogate pair, which is no text")
     return Prompt(row.pop("prompt"), row)
 
 

@@ -17,7 +17,8 @@ import io
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,16 @@ from PIL import Image
 
 from rlg import pareto
 from rlg.cli import Parser, fail_cleanly
+from rlg.config import check_links, check_type, read_json
 from rlg.stats import BLEND_MODES, EXPERT, Row, has_base, read_rows, summarise
 from rlg.style import COLOURS, FALL, INK, MARKS, MODE_NAMES, MUTED, PALETTE, STYLE, render, save
 
 MAX_TILES, MAX_SIDE = 24, 384  # images of the page, and pixels of an embedded image's longer side
+_MAX_PIXELS = 2**26  # of an image that is read: a PNG of a few kB may claim more
+_META = {  # types of what the report uses of meta.json
+    **{"base": str, "adapter": str, "trained_rewards": list[str], "schedule": str},
+    **{"experts": list[str], "blend_scale": float},
+}
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,14 @@ def read_run(folder: Path) -> Run:
     for path in (scores, meta_path):
         if not path.is_file():
             raise ValueError(f"{path} does not exist; `python -m rlg.evaluate` writes it")
-    try:
-        meta = json.loads(meta_path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{meta_path}: not JSON: {error}") from error
-    missing = {"base", "adapter", "trained_rewards"} - set(meta if isinstance(meta, dict) else ())
+    meta = read_json(meta_path)
+    missing = {"base", "adapter", "trained_rewards"} - meta.keys()
     if missing:
         raise ValueError(f"{meta_path}: missing {', '.join(sorted(missing))}")
-    if not isinstance(meta["trained_rewards"], list):
-        raise ValueError(f"{meta_path}: trained_rewards must be a list, got {meta['trained_rewards']!r}")
+    for name in _META.keys() & meta.keys():
+        check_type(f"{meta_path}: {name}", meta[name], _META[name])
+    if "blend_scale" in meta and len(meta.get("experts", ())) != 2:
+        raise ValueError(f"{meta_path}: a blend has two experts")
     rows = read_rows(scores)
     summary = summarise(rows, meta)
     if "blend_scale" in meta:
@@ -262,7 +268,7 @@ def read_tiles(run: Run) -> list[Tile]:
     images: dict[tuple[int, int], list[Row]] = defaultdict(list)
     stops = {(point["mode"], point["w"]) for point in run.curve(run.sweep)}
     for row in run.rows:
-        if (row.mode, row.w) in stops and _image(run.folder, row).is_file():
+        if (row.mode, row.w) in stops and _is_here(run.folder, _image(run.folder, row)):
             images[row.k, row.prompt_id].append(row)
     chosen = sorted(sorted(images)[:MAX_TILES], key=lambda key: key[::-1])
     one_seed = len({row.seed for row in run.rows}) == 1
@@ -271,7 +277,7 @@ def read_tiles(run: Run) -> list[Tile]:
 
 def _tile(folder: Path, rows: Sequence[Row], one_seed: bool) -> Tile:
     rows = sorted(rows, key=lambda row: row.w)
-    with Image.open(_image(folder, rows[0])) as image:
+    with _opened(_image(folder, rows[0])) as image:
         small = max(image.size) <= 160
     frames = {row.w: _data_uri(_image(folder, row)) for row in rows}
     scores = {row.w: row.rewards for row in rows} if one_seed else {}
@@ -282,9 +288,26 @@ def _image(folder: Path, row: Row) -> Path:
     return folder / "images" / f"{row.prompt_id}-{row.k}-{row.w:g}.png"
 
 
+def _is_here(folder: Path, image: Path) -> bool:
+    """Whether there is such an image, and no link to one outside of the folder, which the page would give away."""
+    return image.is_file() and image.resolve().is_relative_to(folder.resolve())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A PNG. Raises ValueError for anything else, as soon as it is read."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
+            yield image
+    except Exception as error:  # Pillow raises many types, some of which are not even ValueError or OSError
+        raise ValueError(f"{path} is no image that can be shown: {error}") from error
+
+
 def _data_uri(path: Path) -> str:
     """The PNG as it is, or a WebP of at most MAX_SIDE pixels if it is larger."""
-    with Image.open(path) as image:
+    with _opened(path) as image:
         if max(image.size) <= MAX_SIDE:
             return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
@@ -311,6 +334,7 @@ def write_joint_report(folders: Sequence[Path], output: Path | None = None) -> P
 
 
 def _write(output: Path, runs: Sequence[Run], tiles: Sequence[Tile], summary: Mapping[str, Any]) -> Path:
+    check_links(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     with matplotlib.rc_context(STYLE):

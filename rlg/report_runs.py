@@ -26,7 +26,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from rlg.config import CONFIG, METRICS, read_yaml
+from rlg.config import CONFIG, METRICS, check_links, check_type, read_yaml
 from rlg.eval_folder import META, ROWS
 from rlg.report import Run, read_run
 from rlg.stats import Row, draws, summarise
@@ -163,7 +163,9 @@ def _evaluations(folder: Path) -> list[Path]:
 
 def _training(folder: Path) -> Entry:
     config, metrics = read_yaml(folder / CONFIG), read_metrics(folder / METRICS)
-    done = bool(metrics) and metrics[-1].get("step", 0) >= config.get("max_steps", 0)
+    check_type(f"{folder / CONFIG}: max_steps", config.get("max_steps"), float | None)
+    check_type(f"{folder / CONFIG}: reward", config.get("reward"), list[str] | str | None)
+    done = bool(metrics) and metrics[-1].get("step", 0) >= (config.get("max_steps") or 0)
     return Entry(folder.name, folder, FINISHED if done else INTERRUPTED, config, metrics)
 
 
@@ -329,6 +331,7 @@ def write_runs_report(folders: Sequence[Path], output: Path | None = None, metri
     if metric is not None and all(entry.metric is None for entry in material.entries):
         raise ValueError(f"no run has the metric {metric!r}")
     output = output or (folders[0] if len(folders) == 1 else folders[0].parent) / "report"
+    check_links(output)
     output.mkdir(parents=True, exist_ok=True)
     bests = [best for run in material.evaluations if (best := best_of(run)) is not None]
     write_table(material, bests, output / TABLE)

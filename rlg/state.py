@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from rlg.config import parse_json
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -31,8 +33,21 @@ def save_optimizer_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Restore what `save_optimizer` wrote. Raises ValueError where the parameters don't match."""
-    optimizer.load_state_dict(read_optimizer_state(path))
+    """Restore what `save_optimizer` wrote. Raises ValueError where the parameters don't match, KeyError or TypeError
+    for what it never writes.
+    """
+    state = read_optimizer_state(path)
+    check_shapes(state, [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]], path)
+    optimizer.load_state_dict(state)
+
+
+def check_shapes(state: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], path: Path) -> None:
+    """Raise ValueError unless every tensor of a `state_dict` is a number, or of its parameter's shape."""
+    for index, slots in state["state"].items():
+        known = shapes[index] if 0 <= index < len(shapes) else None
+        for name, value in slots.items():
+            if isinstance(value, torch.Tensor) and value.ndim and tuple(value.shape) != known:
+                raise ValueError(f"{path}: {index}.{name} has another shape than its parameter")
 
 
 def read_optimizer_state(path: Path) -> dict[str, Any]:
@@ -43,7 +58,7 @@ def read_optimizer_state(path: Path) -> dict[str, Any]:
         for key in file.keys():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = file.get_tensor(key)
-    for key, value in json.loads(header["plain"]).items():
+    for key, value in parse_json(header["plain"]).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": json.loads(header["groups"])}
+    return {"state": state, "param_groups": parse_json(header["groups"])}

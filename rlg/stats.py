@@ -14,7 +14,6 @@ Legend: N values (images), G groups (prompts), R resamples. Below some 20 prompt
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import defaultdict
@@ -26,6 +25,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from rlg.config import parse_json
 
 MODES = ("rlg", "lora_scale", "tuned_2x_steps", "corrected")  # of a sweep over w
 RLG_LS = "rlg_ls"  # base or tuned model, drawn at each step: one pass
@@ -124,7 +125,7 @@ def read_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:  # not JSON, or not UTF-8
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from rlg import run_lock
 from rlg.cli import Parser, fail_cleanly
-from rlg.config import CONFIG, read_yaml
+from rlg.config import CONFIG, check_links, check_type, read_yaml
 from rlg.sweep_folder import (
     FAILED,
     FINISHED,
@@ -49,6 +49,7 @@ from rlg.sweep_folder import (
     TABLE,
     Sweep,
     SweepRun,
+    check_metric,
     history,
     open_sweep,
     write_sweep,
@@ -71,9 +72,12 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: program is needed, the script that a run executes")
     if not isinstance(config.get("parameters"), dict) or not config["parameters"]:
         raise ValueError(f"{path}: parameters is needed, a mapping of at least one name")
+    check_type(f"{path}: command", config.get("command"), list[Any] | str | None)
+    check_type(f"{path}: run_cap", config.get("run_cap"), int | None)
     try:
+        check_metric(config)
         found = _library().schema_violations_from_proposed_config(_known(config))
-    except ValueError as error:
+    except Exception as error:  # its schema's checks, and what they meet in a file that is far from one
         found = [str(error)]
     if found:
         raise ValueError(f"{path}: {found[-1]}")  # the last names the parameter
@@ -366,6 +370,7 @@ def run(argv: Sequence[str] | None = None) -> Sweep:
         raise ValueError(f"method {config['method']} does not end by itself; give --runs, or run_cap in {args.file}")
     folder = args.output or Path("runs") / "sweeps" / args.file.stem
     command_line(config, draw(Sweep(config, args.seed), folder) or {})  # refused before anything is written
+    check_links(folder)
     with run_lock.held(folder):
         sweep = open_sweep(folder, config, args.seed)
         write_sweep(folder, sweep)

@@ -11,16 +11,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlg import durable, run_lock
-from rlg.config import METRICS
+from rlg.config import METRICS, check_type, parse_json, read_json
 
 SWEEP, TABLE, LOGS = "sweep.json", "sweep.csv", "logs"
 RUNNING, FINISHED, FAILED, INTERRUPTED = STATUSES = ("running", "finished", "failed", "interrupted")
+_NAME = re.compile(r"run-\d+")  # of a run: the command writes to the folder of that name
 _DECIDES = ("program", "command", "method", "metric", "parameters")  # another of these is another sweep
 BEST = "best/"  # metric of an evaluation: best/REWARD is the highest mean of the guided points
 
@@ -70,10 +72,32 @@ def read_sweep(folder: Path) -> Sweep:
     """The sweep of a folder. Raises ValueError for a file that is none."""
     file = folder / SWEEP
     try:
-        row = json.loads(file.read_bytes())
-        return Sweep(row["config"], row["seed"], [SweepRun(**run) for run in row["runs"]])
+        row = read_json(file)
+        sweep = Sweep(row["config"], row["seed"], [SweepRun(**run) for run in row["runs"]])
+        check_metric(sweep.config)
+        for run in sweep.runs:
+            _check(run)
+        return sweep
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no sweep's: {error}") from error
+
+
+def check_metric(config: Any) -> None:
+    """Raise ValueError unless a sweep's config is a mapping, and its metric one with a name, if it has one."""
+    check_type("config", config, dict)
+    check_type("metric", config.get("metric"), dict | None)
+    if config.get("metric"):
+        check_type("metric.name", config["metric"].get("name"), str)
+
+
+def _check(run: SweepRun) -> None:
+    kinds = {"name": str, "parameters": dict, "status": str, "metric": float | None, "seconds": float, "error": str}
+    for name, kind in kinds.items():
+        check_type(name, getattr(run, name), kind)
+    if not _NAME.fullmatch(run.name):
+        raise ValueError(f"a run is named run-NUMBER, not {run.name!r}")
+    if run.status not in STATUSES:
+        raise ValueError(f"unknown status {run.status!r}; known: {', '.join(STATUSES)}")
 
 
 def open_sweep(folder: Path, config: Mapping[str, Any], seed: int) -> Sweep:
@@ -121,21 +145,24 @@ def history(folder: Path, metric: str) -> list[float]:
     values = [row.get(metric) for row in rows]
     summary = folder / "summary.json"
     if metric.startswith(BEST) and summary.is_file():
-        points = [p for p in json.loads(summary.read_text())["points"] if p["mode"] == "rlg"]
         reward = metric.removeprefix(BEST)
-        means = [p["rewards"][reward]["mean"] for p in points if reward in p["rewards"]]
+        try:
+            points = [p for p in read_json(summary)["points"] if p["mode"] == "rlg"]
+            means = [float(p["rewards"][reward]["mean"]) for p in points if reward in p["rewards"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{summary} is no evaluation's summary ({error})") from error
         values += [max(means)] if means else []
     return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; none where there is no file. A line that was cut off is left out."""
+    """Rows of a metrics.jsonl; none without a file. A line that was cut off, or is none of ours, is left out."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     rows = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line, finite=False)  # a metric may have been NaN
         except ValueError:
             continue
-        rows += [row] if isinstance(row, dict) else []
+        rows += [row] if isinstance(row, dict) and type(row.get("step", 0)) is int else []
     return rows

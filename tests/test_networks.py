@@ -211,7 +211,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         config("unet/config.json", _class_name="SD3Transformer2DModel"),
         "a SD3Transformer2DModel against a UNet2",
     ),
-    "config": (config("unet/config.json", block_out_channels=7), "cannot load .*unet: "),
+    "config": (config("unet/config.json", act_fn="none"), "cannot load .*unet: "),
+    "a count of the config": (
+        config("unet/config.json", layers_per_block=10**9),
+        "layers_per_block is 1000000000 against 1",
+    ),
     "prediction": (
         config("scheduler/scheduler_config.json", prediction_type="v_prediction"),
         "does not fit this base model: it predicts v_prediction, the base epsilon",

@@ -253,7 +253,7 @@ def misspell_trained(folder: Path) -> None:
         (remove_folder, "scores.jsonl does not exist; `python -m rlg.evaluate` writes it"),
         (empty_scores, "scores.jsonl has no rows"),
         (strip_meta, "meta.json: missing trained_rewards"),
-        (misspell_trained, "trained_rewards must be a list, got 'fit'"),
+        (misspell_trained, "trained_rewards must be list[str], got 'fit'"),
     ],
 )
 def test_what_a_user_did_wrong_is_one_line(evaluation, capsys, damage, message):

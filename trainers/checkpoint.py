@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlg import durable
-from rlg.config import CONFIG
+from rlg.config import CONFIG, check_type, parse_json, read_json, read_yaml
 from rlg.policy import Policy
-from rlg.state import read_optimizer_state, save_optimizer_state
+from rlg.state import check_shapes, read_optimizer_state, save_optimizer_state
 from trainers import engines, saving
 from trainers.common import METRICS, TrainConfig, write_config
 
 _STATE = "trainer_state"
+# What reading a checkpoint raises whose files are not what they were; errors of settings are plain ValueErrors.
+DAMAGED = (SafetensorError, KeyError, OSError, TypeError, AttributeError, IndexError, RuntimeError)
 _MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "max_skipped")
 _MAY_CHANGE += ("report_to",)
 
@@ -143,14 +143,14 @@ def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> 
     _warn_of_changes(config, found / CONFIG)
     try:
         _restore(config, accelerator, state, found)
-    except (SafetensorError, KeyError, OSError) as error:  # of a checkpoint without a manifest
+    except DAMAGED as error:  # of a checkpoint without a manifest
         raise ValueError(f"{found} is damaged ({error}); remove it to resume from an earlier one") from error
     if accelerator.is_main_process:
         truncate_metrics(config.folder / METRICS, state.step)
 
 
 def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
-    row = json.loads((folder / "state.json").read_text())
+    row = read_state(folder)
     for name, parameters in _adapters(state).items():
         saved = load_file(folder / _STATE / f"{name}.safetensors")
         if [tuple(saved[k].shape) for k in sorted(saved, key=int)] != engines.shapes(parameters):
@@ -160,6 +160,7 @@ def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, f
                 parameter.data.copy_(saved[str(i)])
     options = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     saved = read_optimizer_state(folder / _STATE / "optimizer.safetensors")
+    check_shapes(saved, engines.shapes(state.policy.trainable()), folder)
     engines.load_optimizer_state(state.optimizer, state.policy.trainable(), saved)
     for group, ours in zip(state.optimizer.param_groups, options, strict=True):
         group.update(ours)  # the file brings its own learning rate
@@ -177,15 +178,37 @@ def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, f
     state.step, state.counters = row["step"], row["counters"]
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint. Raises ValueError for what no trainer wrote."""
+    file = folder / "state.json"
+    row = read_json(file)
+    for name, kind in {"step": int, "ema_steps": int | None, "counters": dict | None}.items():
+        check_type(f"{file}: {name}", row.get(name), kind)
+    for name, value in (row.get("counters") or {}).items():
+        check_type(f"{file}: {name}", value, float)
+    if row["step"] < 0:
+        raise ValueError(f"{file}: step must not be negative, got {row['step']}")
+    return row
+
+
 def _warn_of_changes(config: TrainConfig, file: Path) -> None:
-    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    before = read_yaml(file) if file.is_file() else {}
     for name, value in dataclasses.asdict(config).items():
         if name in before and before[name] != value and name not in _MAY_CHANGE:
             warnings.warn(f"resuming with {name} = {value!r}; it was {before[name]!r}", stacklevel=3)
 
 
+def _step_in(line: str, path: Path) -> int:
+    try:
+        step = parse_json(line, finite=False)["step"]
+        check_type("step", step, int)
+        return step
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds a line that is no row of metrics: {line[:80]}") from error
+
+
 def truncate_metrics(path: Path, step: int) -> None:
     """Forget the metrics of later steps, and a line that was cut off."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    kept = [line for line in lines if line.endswith("}") and _step_in(line, path) <= step]
     durable.write_text(path, "".join(line + "\n" for line in kept))

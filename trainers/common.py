@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from rlg import durable, run_lock
 from rlg import prompts as prompt_sets
 from rlg.cli import stop
-from rlg.config import CONFIG, METRICS
+from rlg.config import CONFIG, METRICS, check_links, check_type, read_yaml
 from rlg.policy import Policy
 from rlg.together import together
 from trainers import engines
@@ -139,15 +140,25 @@ def parse_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> Conf
     from trl import TrlParser
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--config" in argv[:-1] and not Path(argv[argv.index("--config") + 1]).is_file():
-        raise ValueError(f"no such config: {argv[argv.index('--config') + 1]}")
+    if "--config" in argv:
+        _check_file(kind, Path(*argv[argv.index("--config") + 1 :][:1]))
     parser = TrlParser(kind, prog=Path(sys.argv[0]).name)
     parser.error = lambda message: stop(f"{message}; see --help")  # one line, without the usage
-    try:
-        (config,) = parser.parse_args_and_config(argv)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the config is not valid YAML: {error}") from error
+    (config,) = parser.parse_args_and_config(argv)
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
     return config
+
+
+def _check_file(kind: type[RunConfig], file: Path) -> None:
+    """Raise ValueError for a config that TRL's parser would take the wrong way; text it reads as a command line's."""
+    row, hints = read_yaml(file), get_type_hints(kind)
+    if "env" in row:
+        raise ValueError(f"{file}: env is not read here; set the variables where the command is started")
+    for name in hints.keys() & row.keys():
+        if not isinstance(row[name], str) or get_origin(hints[name]) is list:
+            check_type(f"{file}: {name}", row[name], hints[name])
 
 
 def begin(kind: type[ConfigT]) -> tuple[ConfigT, Accelerator]:
@@ -171,6 +182,7 @@ def begin(kind: type[ConfigT]) -> tuple[ConfigT, Accelerator]:
 def check_folder(config: RunConfig) -> None:
     """Raise ValueError where `prepare_folder` would; touches nothing, so that it can come before slow work."""
     folder = config.folder
+    check_links(folder)
     if config.resume:
         if not folder.is_dir():
             raise ValueError(f"nothing to resume: {folder} does not exist")

@@ -33,6 +33,8 @@ from tqdm import tqdm
 from rlg.sampling import SampleId
 
 MAX_TRIES = 1000  # this many broken images in a row are no accident
+MAX_PIXELS = 2**26  # of an image, 200 MB as RGB: a file of a few kB may claim more
+MAX_BYTES = 2**27  # of an image's file
 _TIE = "tie"
 _CODECS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow's others include some that start programs
 
@@ -154,6 +156,10 @@ def _file_bytes(path: str, root: Path) -> bytes:
         file = (root / path).resolve()
         if not file.is_relative_to(root.resolve()):  # through a link
             raise _Unusable("path outside the image root")
+        if file.exists() and not file.is_file():  # a named pipe would be waited for
+            raise _Unusable("no such image file")
+        if file.stat().st_size > MAX_BYTES:
+            raise _Unusable(f"image file over {MAX_BYTES >> 20} MiB")
         return file.read_bytes()
     except (OSError, ValueError) as error:
         raise _Unusable("no such image file") from error
@@ -169,7 +175,14 @@ def _cell_bytes(value: Any) -> bytes:
 def decode(data: bytes) -> Image.Image:
     """An RGB image from the bytes of a JPEG, PNG, WEBP, GIF or BMP file. Raises _Unusable (a row is then bad)."""
     try:
-        return Image.open(io.BytesIO(data), formats=_CODECS).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=_CODECS)
+        if not 0 < image.width * image.height <= MAX_PIXELS:  # Pillow only warns of up to twice its own limit
+            raise _Unusable(f"image without pixels or of over {MAX_PIXELS >> 20} Mi")
+        return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise _Unusable(f"image without pixels or of over {MAX_PIXELS >> 20} Mi") from error
+    except _Unusable:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes make them
         raise _Unusable("image cannot be decoded") from error
 

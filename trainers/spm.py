@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
@@ -46,7 +45,7 @@ from rlg.state import load_optimizer, save_optimizer
 from rlg.stats import Estimate, bootstrap_mean, paired_difference
 from rlg.together import Interruption
 from trainers import common, engines, preference_data, saving
-from trainers.checkpoint import truncate_metrics
+from trainers.checkpoint import DAMAGED, read_state, truncate_metrics
 from trainers.common import RunConfig
 from trainers.preference_data import Batches, PairBatch
 from trainers.skips import SKIPPED, Skips, finite_mean
@@ -285,8 +284,8 @@ class SPMTrainer:
             for scorer in self.scorers:
                 scorer.model.load_state_dict(load_file(found / scorer.name / step_aware.WEIGHTS))
                 load_optimizer(scorer.optimizer, found / _STATE / f"{scorer.name}.safetensors")
-            row = json.loads((found / "state.json").read_text())
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            row = read_state(found)
+        except DAMAGED as error:
             reason = " ".join(str(error).split())[:240]
             raise ValueError(f"cannot resume from {found} with these settings: {reason}") from error
         self.step = row["step"]
