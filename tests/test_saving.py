@@ -167,7 +167,7 @@ def full(*args: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["trainers.checkpoint.save_optimizer", "trainers.common.Log.metrics"])
+@pytest.mark.parametrize("where", ["trainers.checkpoint.save_optimizer_state", "trainers.common.Log.metrics"])
 def test_a_disk_that_fills_up_ends_in_a_line_that_names_the_checkpoint(
     where: str, tiny_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
