@@ -38,9 +38,8 @@ def is_leftover(path: Path) -> bool:
 
 def forget_leftovers(folder: Path) -> None:
     """Delete what a kill left in a folder (see `is_leftover`)."""
-    for path in folder.iterdir():
-        if is_leftover(path):
-            _delete(path)
+    for path in list(folder.glob(f".*{_TEMPORARY}")):
+        _delete(path)
 
 
 def temporary_of(folder: Path) -> Path:
