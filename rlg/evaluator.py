@@ -33,7 +33,7 @@ from tqdm import tqdm
 from rewards import RewardMix
 from rlg import adapters, blend, guidance, process, sampling
 from rlg.corrector import RESAMPLE_BELOW, Corrector
-from rlg.eval_folder import IMAGES, ROWS, Job, job_of, read, save_images
+from rlg.eval_folder import IMAGES, PLAN, ROWS, Job, job_of, read, save_images
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
@@ -310,6 +310,8 @@ def evaluate(
     Files of other processes are not looked at: they may have begun, and all must cut the work in the same way.
     """
     units = units_left(evaluator.settings, folder, prompt_ids, rank, world)
+    if rank == 0:
+        _write_total(evaluator.settings, folder, prompt_ids)
     shown = progress(sum(map(len, units)), rank) if bar is None else nullcontext(bar)
     with shown as bar, (folder / f"scores-{rank}.jsonl").open("a") as file:
         for unit in units:
@@ -318,3 +320,9 @@ def evaluate(
             file.write("".join(json.dumps(asdict(row)) + "\n" for row, _ in rows))
             file.flush()
             bar.update(len(unit))
+
+
+def _write_total(settings: EvalSettings, folder: Path, prompt_ids: Sequence[int]) -> None:
+    """Note how many rows there will be, with those that other settings of w left."""
+    planned = {job for unit in plan(settings, prompt_ids, set()) for job in unit}
+    (folder / PLAN).write_text(json.dumps({"images": len(planned | set(read(folder / ROWS)))}))
