@@ -281,7 +281,7 @@ def tail(file: Path, size: int = TAIL) -> list[dict[str, Any]]:
         return []
     with file.open("rb") as stream:
         end = stream.seek(0, os.SEEK_END)
-        pass
+        stream.seek(max(0, end - size))
         lines = stream.read(size).split(b"\n")[1 if end > size else 0 :]
     rows = []
     for line in lines:
