@@ -282,7 +282,7 @@ def tail(file: Path, size: int = TAIL) -> list[dict[str, Any]]:
     with file.open("rb") as stream:
         end = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, end - size))
-        lines = stream.read(size).split(b"\n")[1 if end > size else 0 :]
+        lines = stream.read(size).split(b"\n")  # what is cut off of the first one is no object: its braces don't match
     rows = []
     for line in lines:
         try:

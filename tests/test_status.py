@@ -146,6 +146,8 @@ def test_an_evaluation_on_its_way(tmp_path: Path) -> None:
     assert (found.state, found.step, found.total) == ("running", 7, 10)
     assert found.images_per_second == 4.0  # two processes of half a second each
     assert found.seconds_left == 0.75
+    evaluation(tmp_path / "b", rows=10)  # all there, but not joined yet
+    assert {status.name: status.state for (status,) in collect(tmp_path, NOW)} == {"a": "running", "b": "running"}
 
 
 def test_a_finished_evaluation(tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_what_is_in_metrics_does_not_matter(tmp_path: Path) -> None:
     run = training(tmp_path / "a")
     rows = [{"step": -1}, {"step": True}, {"step": "9"}, {"step": 10**400}, {"step": None}, {}]
     odd = {"step": 4, "seconds": None, "images": [], "seconds_per_image": 0, "eval/ocr": 1e400, "reward": {"x": 1}}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, odd]) + "\x00[[[")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [odd, *rows]) + "\x00[[[")
     found = only(tmp_path)
     assert (found.step, found.reward, found.seconds_per_step, found.images_per_second) == (4, None, None, None)
 
