@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from rlg import prompts as prompt_sets
-from rlg.blend_evaluator import labels_of
+from rlg.blend_evaluator import labels_of, short_names
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
 from rlg.config import run_settings
 from rlg.evaluate import home_of
@@ -114,6 +114,7 @@ def load(args: argparse.Namespace) -> tuple[Studio, Page]:
         texts[0], "", 0, 1, min(own.get("steps", 20), args.max_steps), own.get("cfg", 1.0), _sampler(own, studio)
     )
     labels = labels_of([(home_of(ckpt)[0], Path(ckpt).name) for ckpt in args.ckpts])
+    labels = short_names(labels) if len(labels) > 1 else labels
     return studio, Page(bases[args.ckpts[0]], tuple(labels), tuple(texts), shot, args.max_w)
 
 
@@ -197,11 +198,10 @@ def build(studio: Studio, page: Page) -> Any:
 
 def _heading(page: Page) -> str:
     names = html.escape(" + ".join(page.labels))
-    tuned = "blend" if len(page.labels) > 1 else "tuned"
+    tuned, the_tuned = ("blend", "the blend") if len(page.labels) > 1 else ("tuned", "the tuned model")
     return (
         f'<div class="rlg-head"><h1>RLG</h1><code>base + w · ({tuned} − base)</code>'
-        f"<p>{names} on {html.escape(page.base)}: w = 0 is the base, w = 1 the {tuned} model, and above 1 the "
-        f"alignment goes further than training took it.</p></div>"
+        f"<p>{names} on {html.escape(page.base)}. w = 0 is the base, w = 1 is {the_tuned}.</p></div>"
     )
 
 

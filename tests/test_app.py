@@ -74,7 +74,7 @@ def test_an_answer_shows_each_w(loaded: tuple[Any, Any]) -> None:
     assert ticks == [(i, 6) for i in range(6)]
     assert [page.count(f'data-w="{w}"') for w in ("0", "1", "1.5", "2")] == [1, 1, 1, 0]
     assert len({part.partition('"')[0] for part in page.split('src="data:image/png;base64,')[1:]}) == 3
-    assert page.count("jpeg_compressibility") == page.count("composition <b>") == 3
+    assert page.count("<i>jpeg_compressibility</i>") == page.count("<i>composition</i>") == 3
     assert ">blend<" in page and "tuned" not in page
     again: list[Any] = []
     answer(*loaded, [*asked(w=2.0), 0.5, 0.5], lambda done, **_: again.append(done))
