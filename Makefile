@@ -24,6 +24,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt $(PIP_FLAGS)
 
+# The extra [app], by name: gradio 6.31 asks for pillow<13 and runs with 13, and the one that pip would take for
+# constraints.txt is of 2023. The rest is what it needs beyond what is there.
+APP := gradio gradio-client hf-gradio brotli groovy orjson pydub python-multipart pytz safehttpx semantic-version tomlkit
+
 PARITY := .venv-parity
 PARITY_PIP := $(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
 
@@ -46,6 +50,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@echo "   diffusers, transformers, peft and the rest ..."
 	@$(PIP) -e '.[dev,wandb,tensorboard]'
+	@$(PIP) --no-deps $(APP)
 	@touch $@
 
 test: $(STAMP)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rlg import adapters
 from rlg.adapters import AdapterFile
@@ -57,7 +58,7 @@ def average(checkpoints: Sequence[str | Path], output: Path, base: str | None = 
     """
     if output.exists():
         raise ValueError(f"{output} exists; give --output another folder")
-    files = [adapters.read(path) for path in checkpoints]
+    files = [adapters.read(path) for path in tqdm(checkpoints, desc="read", unit="adapter", disable=None)]
     check_alike(files)
     config, count = files[0].config, len(files)
     policy = Policy.load(base_of(checkpoints[0], base))

@@ -35,7 +35,7 @@ from rlg import run_lock
 from rlg.cli import Parser, fail_cleanly
 from rlg.config import check_type, read_yaml
 from rlg.eval_folder import ROWS, merge, prepare_folder
-from rlg.evaluator import RLG, EvalSettings, Evaluator, evaluate
+from rlg.evaluator import RLG, EvalSettings, Evaluator, evaluate, progress, units_left
 from rlg.oracle import Array, Oracle, tilted
 from rlg.policy import Policy
 from rlg.prompts import Prompt
@@ -250,22 +250,24 @@ def draw_rows(
     ]
     single = experiment.settings([1.0], experiment.k, experiment.seed)
     jobs += [(f"trained-{i}", str(model["ckpt"]), single) for i, model in enumerate(experiment.trained)]
-    result = []
     for name, ckpt, settings in jobs:
-        policy = Policy.load(experiment.base, experiment.dtype)
-        if ckpt:
-            policy.load_tuned(ckpt)
         own = {k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size")}
         meta = {"base": experiment.base, "adapter": ckpt or "none", "trained_rewards": [experiment.reward], **own}
         meta |= {"prompts": experiment.prompts, "num_prompts": len(ids), "dtype": experiment.dtype}
-        with Interruption() as interruption:
-            prepare_folder(folder / name, meta, overwrite=False)
-            merge(folder / name)
-            judge = Evaluator(policy, reward, prompts, settings)
-            evaluate(judge, folder / name, ids, lambda job: False, interruption=interruption)
+        prepare_folder(folder / name, meta, overwrite=False)
+        merge(folder / name)
+    left = sum(len(unit) for name, _, settings in jobs for unit in units_left(settings, folder / name, ids))
+    result = []
+    with Interruption() as interruption, progress(left) as bar:
+        for name, ckpt, settings in jobs:
+            policy = Policy.load(experiment.base, experiment.dtype)
+            if ckpt:
+                policy.load_tuned(ckpt)
+            evaluator = Evaluator(policy, reward, prompts, settings)
+            evaluate(evaluator, folder / name, ids, lambda job: False, bar=bar, interruption=interruption)
             merge(folder / name)
             interruption.leave()
-        result.append(read_rows(folder / name / ROWS))
+            result.append(read_rows(folder / name / ROWS))
     return result[0], result[1], result[2:]
 
 

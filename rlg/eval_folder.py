@@ -10,16 +10,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from torch import Tensor
 
 from rlg import durable, run_lock
 from rlg.config import check_links, read_json
 from rlg.stats import Row, read_rows
 
+if TYPE_CHECKING:  # rlg.status does without torch, which takes seconds to load
+    from torch import Tensor
+
 ROWS, META, IMAGES = "scores.jsonl", "meta.json", "images"
+PLAN = "plan.json"  # {"images": how many rows there will be}, for `rlg.status`
 _UNIT_END = b"\n\n"
 # What an evaluation did whose meta.json is older than a setting: the same as without the option
 _DEFAULTS = {"origin": None, "schedule": "constant", "chosen": None}

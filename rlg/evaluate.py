@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from rewards import RewardMix
 from rlg import adapters, hub, networks, run_lock
@@ -38,6 +39,7 @@ from rlg.eval_folder import Job, merge, prepare_folder
 from rlg.evaluator import EvalSettings, Evaluator, evaluate, progress, units_left
 from rlg.policy import Policy, base_of
 from rlg.prompts import Prompt
+from rlg.stats import Row
 from rlg.together import Interruption, together
 from rlg.weight_schedule import CONSTANT
 
@@ -147,6 +149,7 @@ def _reward_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 def begin(args: argparse.Namespace, loaded: Loaded) -> Evaluation:
     """The evaluation that the arguments ask for; writes nothing. Raises ValueError for settings that do not fit."""
     settings, goal = settings_of(args), goal_of(args)
+    silent = None if loaded.state.is_main_process else True  # None: unless it is a terminal
     kind = BlendEvaluator if isinstance(settings, BlendSettings) else Evaluator
     evaluator = kind(loaded.policy, loaded.reward, loaded.prompts, settings)
     folder, naming = names_of(args, settings, goal)
@@ -158,18 +161,27 @@ def begin(args: argparse.Namespace, loaded: Loaded) -> Evaluation:
         "rewards": names,
         "prompts": _source(args),
         "num_prompts": len(loaded.ids),
-        "chosen": _choose(goal, evaluator, prompt_sets.spread(loaded.ids, args.calibration_prompts), names[0]),
+        "chosen": _choose(goal, evaluator, prompt_sets.spread(loaded.ids, args.calibration_prompts), names[0], silent),
         "dtype": args.dtype or "float32",
         **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size", "morl")},
     }
     return Evaluation(evaluator, folder, meta, args.images, args.overwrite)
 
 
-def _choose(goal: Goal | None, evaluator: Evaluator, ids: Sequence[int], reward: str) -> dict[str, Any] | None:
+def _choose(
+    goal: Goal | None, evaluator: Evaluator, ids: Sequence[int], reward: str, silent: bool | None
+) -> dict[str, Any] | None:
     """Have the evaluator sweep over w = 0, 1 and the w of a goal, by the prompts `ids`; the `chosen` of meta.json."""
     if goal is None:
         return None
-    w = choose(goal, partial(evaluator.rows_at, ids), reward)
+    with tqdm(desc=f"w for {goal.option}", unit="w", disable=silent) as bar:  # how many it tries is not known before
+
+        def rows_at(w: float) -> list[Row]:
+            rows = evaluator.rows_at(ids, w)
+            bar.update()
+            return rows
+
+        w = choose(goal, rows_at, reward)
     print(f"--{goal.option} {goal.value:g}: w = {w:g}, by {len(ids)} prompts", file=sys.stderr)
     evaluator.settings = replace(evaluator.settings, scales=tuple(sorted({0.0, 1.0, w})))
     return asdict(goal) | {"w": w}

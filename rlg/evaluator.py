@@ -16,6 +16,7 @@ Girsanov with the variance that is really injected (stochastic samplers only).
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from rewards import RewardMix
 from rlg import adapters, blend, durable, guidance, process, sampling
 from rlg.corrector import RESAMPLE_BELOW, Corrector
-from rlg.eval_folder import IMAGES, ROWS, Job, append, job_of, read, save_images
+from rlg.eval_folder import IMAGES, PLAN, ROWS, Job, append, job_of, read, save_images
 from rlg.policy import Policy
 from rlg.prompts import Prompt
 from rlg.sampling import SampleId, SampleNoise
@@ -312,6 +313,8 @@ def evaluate(
     interruption ends it after the unit at work. Raises OSError, which names the folder, for rows it cannot write.
     """
     units = units_left(evaluator.settings, folder, prompt_ids, rank, world)
+    if rank == 0:
+        _write_total(evaluator.settings, folder, prompt_ids)
     shown = progress(sum(map(len, units)), rank) if bar is None else nullcontext(bar)
     with shown as bar:
         for unit in units:
@@ -322,3 +325,9 @@ def evaluate(
                 save_images([(row, image) for row, image in rows if keep_images(job_of(row))], folder / IMAGES)
                 append(folder, rank, [row for row, _ in rows])
             bar.update(len(unit))
+
+
+def _write_total(settings: EvalSettings, folder: Path, prompt_ids: Sequence[int]) -> None:
+    """Note how many rows there will be, with those that other settings of w left."""
+    planned = {job for unit in plan(settings, prompt_ids, set()) for job in unit}
+    durable.write_text(folder / PLAN, json.dumps({"images": len(planned | set(read(folder / ROWS)))}))

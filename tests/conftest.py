@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,3 +197,31 @@ def tiny_online(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[
 def tiny_trainer(tiny_online: Callable[..., OnlineTrainer]) -> Callable[..., GRPOTrainer]:
     """A GRPO trainer of a random model; see `tiny_online`."""
     return partial(tiny_online, "grpo")
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Headless Chromium that logs its console and its network."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    driver = shutil.which("chromedriver")
+    assert driver, "chromium is installed, but not its driver (apt-get install chromium-driver)"
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-component-update", "no-first-run", "disable-dev-shm-usage", "window-size=1200,900"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield session
+    session.quit()
+
+
+def requests_of(browser: Any) -> list[str]:
+    """Addresses that the page has asked for since the last call."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]

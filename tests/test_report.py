@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import requests_of
 from PIL import Image
 
 from rlg.report import MAX_SIDE, main, read_run, read_tiles, write_joint_report, write_report
@@ -265,33 +266,6 @@ def test_what_a_user_did_wrong_is_one_line(evaluation, capsys, damage, message):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
-
-
-@pytest.fixture
-def browser():
-    """Headless Chromium that logs its console and its network."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine (apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-
-    driver = shutil.which("chromedriver")
-    assert driver, "chromium is installed, but not its driver (apt-get install chromium-driver)"
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
-        options.add_argument(f"--{flag}")
-    for flag in ("disable-component-update", "no-first-run", "disable-dev-shm-usage", "window-size=1200,900"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield session
-    session.quit()
-
-
-def requests_of(browser) -> list[str]:
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
 
 def shown(browser) -> dict[str, str]:

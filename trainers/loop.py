@@ -159,8 +159,10 @@ class Trainer:
         places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         local = [chosen[min(place, len(chosen) - 1)] for place in places]
         batches = [local[i : i + config.per_device_batch_size] for i in range(0, share, config.per_device_batch_size)]
+        silent = None if accelerator.is_main_process else True  # None: unless it is a terminal
+        shown = tqdm(batches, desc="held-out images", unit="batch", leave=False, disable=silent)
         with self.state.averaged():
-            parts = [self._evaluate_batch(schedule, batch) for batch in batches]
+            parts = [self._evaluate_batch(schedule, batch) for batch in shown]
         columns = {name: torch.cat([part[name] for part in parts]).to(accelerator.device) for name in parts[0]}
         means = {n: float(finite_mean(accelerator.gather(c)[: len(chosen)])) for n, c in columns.items()}
         return {f"eval/{name}": mean for name, mean in means.items() if math.isfinite(mean)}

@@ -244,7 +244,8 @@ class SPMTrainer:
         log, count = common.Log(config, accelerator), config.accumulation_steps
         batches = self.batches.iterate(self.step * count, config.max_steps * count)
         saved = self.step if config.resume else None
-        bar = tqdm(total=config.max_steps, initial=self.step, disable=not accelerator.is_main_process)
+        main = accelerator.is_main_process
+        bar = tqdm(total=config.max_steps, initial=self.step, desc=config.name, disable=not main)
         with bar, Interruption() as interruption:
             while self.step < config.max_steps and not interruption.agreed():
                 metrics = self.iteration(batches) | {SKIPPED: self.skips.total}
