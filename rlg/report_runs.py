@@ -38,6 +38,7 @@ MAX_AXES = 8  # of parallel coordinates, besides the metric
 _TAILS = (2.5, 97.5)
 _NO_PARAMETERS = (  # of training: how it is kept and looked at
     *("name", "output_dir", "save_steps", "save_total_limit", "sample_steps", "report_to", "project"),
+    *("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license"),
     *("eval_steps", "eval_num_prompts", "eval_prompts", "held_out_reward"),
 )
 _SETTINGS = ("adapter", "base", "sampler", "steps", "cfg", "level", "schedule", "origin", "seed", "k", "num_prompts")

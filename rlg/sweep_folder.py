@@ -122,11 +122,18 @@ def history(folder: Path, metric: str) -> list[float]:
     values = [row.get(metric) for row in rows]
     summary = folder / "summary.json"
     if metric.startswith(BEST) and summary.is_file():
-        points = [p for p in json.loads(summary.read_text())["points"] if p["mode"] == "rlg"]
-        reward = metric.removeprefix(BEST)
-        means = [p["rewards"][reward]["mean"] for p in points if reward in p["rewards"]]
-        values += [max(means)] if means else []
+        values.append(best_metrics(json.loads(summary.read_text())).get(metric))
     return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def best_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """best/REWARD, the highest mean of a summary.json's points of guidance, and best_w/REWARD, the w that has it."""
+    found: dict[str, float] = {}
+    for point in (p for p in summary["points"] if p["mode"] == "rlg"):
+        for name, fields in point["rewards"].items():
+            if fields["mean"] > found.get(f"{BEST}{name}", -math.inf):
+                found |= {f"{BEST}{name}": fields["mean"], f"best_w/{name}": point["w"]}
+    return found
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rlg import model_card
 from rlg.config import CONFIG
 from rlg.policy import Policy
 from rlg.state import load_optimizer, save_optimizer
@@ -27,6 +28,7 @@ from trainers.common import METRICS, TrainConfig, write_config
 
 _STATE = "trainer_state"
 _MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "report_to")
+_MAY_CHANGE += ("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license")
 
 
 class Ema:
@@ -125,6 +127,7 @@ def _write_main(config: TrainConfig, accelerator: Accelerator, state: TrainState
     with state.averaged():
         state.policy.save_adapter(folder)
     write_config(config, folder)
+    model_card.write(folder, f"checkpoint-{state.step}")
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
     row = {
         "step": state.step,
