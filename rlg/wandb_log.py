@@ -20,6 +20,7 @@ from rlg.sweep_folder import best_metrics
 
 MAX_ROWS, MAX_IMAGES = 256, 64  # of an evaluation: rows of its table, images beside it
 POINTS, ROWS, SAMPLES, CURVES = (f"evaluation/{name}" for name in ("points", "rows", "images", "curves"))
+AWAY = ("offline", "disabled", "dryrun")  # W&B's modes without a server
 _RUN_ID = Path("wandb", "run_id")  # in a folder: the W&B run that goes on when the folder's work does
 _MEASURES = ("n", "nfe_per_image", "seconds_per_image", "kl", "diversity", "ess")
 _OF_REWARD = ("mean", "low", "high", "delta_vs_tuned", "win_vs_tuned", "win_vs_base")
@@ -52,8 +53,8 @@ def require(extra: str = "wandb") -> None:
     except ImportError as error:
         raise ValueError(f"report_to is wandb, which is not installed: pip install 'rlg[{extra}]'") from error
     with one_line():
-        if wandb.setup().settings.mode not in ("offline", "disabled", "dryrun"):
-            wandb.login(verify=False)
+        if wandb.setup().settings.mode not in AWAY:
+            wandb.login()
 
 
 def options(folder: Path, name: str, job_type: str, group: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_hub
 import huggingface_hub
 import pytest
 import torch
@@ -17,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from rlg import adapters, model_card, push
 from rlg import evaluate as evaluation
+from tests import fake_hub
 from trainers.checkpoint import checkpoints
 from trainers.grpo import GRPOTrainer
 

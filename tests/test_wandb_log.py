@@ -20,7 +20,7 @@ from trainers import common
 from trainers.grpo import GRPOTrainer
 
 wandb = pytest.importorskip("wandb")
-import wandb_files  # noqa: E402  it needs wandb
+from tests import wandb_files  # noqa: E402  it needs wandb
 
 ROOT = Path(__file__).parent.parent
 DOCS = (ROOT / "docs" / "wandb.md").read_text()
@@ -220,7 +220,7 @@ def test_no_account_is_one_line_before_anything_is_made(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(wandb, "login", lambda verify: (_ for _ in ()).throw(wandb.errors.UsageError("No API key.")))
+    monkeypatch.setattr(wandb, "login", lambda: (_ for _ in ()).throw(wandb.errors.UsageError("No API key.")))
     monkeypatch.setattr(wandb, "setup", lambda: type("S", (), {"settings": wandb.Settings(mode="online")}))
     with pytest.raises(SystemExit) as stopped:
         evaluate(checkpoint)
