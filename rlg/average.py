@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlg import adapters
+from rlg import adapters, model_card
 from rlg.adapters import AdapterFile
 from rlg.cli import Parser, fail_cleanly
 from rlg.config import CONFIG
@@ -70,6 +70,7 @@ def average(checkpoints: Sequence[str | Path], output: Path, base: str | None = 
     settings = Path(checkpoints[0]) / CONFIG
     if settings.is_file():  # what the run was sampled with, which evaluation takes as its defaults
         shutil.copy(settings, output / CONFIG)
+    model_card.write(output)
 
 
 def build_parser() -> Parser:

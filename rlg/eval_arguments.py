@@ -67,6 +67,9 @@ def build_parser() -> Parser:
     add("--dtype", choices=sorted(DTYPES), help="default: the run's own")
     add("--output", type=Path, help="default: eval/ID in the run's folder, or in runs/NAME for a model from elsewhere")
     add("--images", type=int, default=8, help="prompts whose images are kept for the report; -1 keeps all")
+    add("--report_to", choices=("wandb", "none"), default="none", help="a tracker that mirrors the files")
+    add("--project", default="rlg", help="project name for the tracker")
+    add("--log_adapter", action="store_true", help="keep the adapter as an artifact of the tracker, too")
     add("--overwrite", action="store_true", help="discard what an earlier evaluation left in the output folder")
     return parser
 

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rewards import RewardMix
-from rlg import adapters, hub, networks, run_lock
+from rlg import adapters, hub, model_card, networks, run_lock, wandb_log
 from rlg import prompts as prompt_sets
 from rlg.blend_evaluator import (
     BlendEvaluator,
@@ -105,6 +105,8 @@ class Evaluation:
     meta: dict[str, Any]  # of meta.json
     images: int  # prompts whose images are kept; -1 keeps all
     overwrite: bool
+    tracking: wandb_log.Tracking | None
+    checkpoints: Sequence[Path]  # whose model cards show the curve
 
 
 def load(args: argparse.Namespace) -> Loaded:
@@ -115,6 +117,7 @@ def load(args: argparse.Namespace) -> Loaded:
 
     import rewards
 
+    tracking = tracking_of(args)
     settings_of(args), goal_of(args)  # refused before anything is loaded
     base = base_of(args.ckpt, args.base)
     if args.num_prompts is not None and args.num_prompts < 1:
@@ -125,6 +128,8 @@ def load(args: argparse.Namespace) -> Loaded:
         check_pair(args.ckpts, args.morl or [], trained)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)  # without being told, every process on the CPU believes that it is alone
+    if tracking and state.is_main_process:
+        wandb_log.require()
     reward = rewards.build(names, device=str(state.device))
     policy = Policy.load(base, args.dtype or "float32", state.device)
     if args.blend:
@@ -165,7 +170,22 @@ def begin(args: argparse.Namespace, loaded: Loaded) -> Evaluation:
         "dtype": args.dtype or "float32",
         **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size", "morl")},
     }
-    return Evaluation(evaluator, folder, meta, args.images, args.overwrite)
+    return Evaluation(
+        evaluator, folder, meta, args.images, args.overwrite, tracking_of(args), list(map(Path, args.ckpts))
+    )
+
+
+def tracking_of(args: argparse.Namespace) -> wandb_log.Tracking | None:
+    """Where the evaluation is mirrored to. Raises ValueError if that is not possible."""
+    if args.report_to == "none":
+        if args.log_adapter:
+            raise ValueError("--log_adapter keeps the adapter as an artifact of W&B; add --report_to wandb")
+        return None
+    folders = [Path(ckpt) for ckpt in args.ckpts] if args.log_adapter else []
+    for folder in folders:
+        if not model_card.files(folder):
+            raise ValueError(f"--log_adapter: {folder} is no checkpoint of ours here")
+    return wandb_log.Tracking(args.project, tuple(folders))
 
 
 def _choose(
@@ -202,22 +222,33 @@ def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
             if state.is_main_process:
                 for evaluation in evaluations:
                     stack.enter_context(run_lock.held(evaluation.folder))
-                    if "morl" in evaluation.meta and not evaluation.overwrite:
-                        allow_more_morl(evaluation.folder, evaluation.meta["morl"])
-                    prepare_folder(evaluation.folder, evaluation.meta, evaluation.overwrite)
-                    merge(evaluation.folder)
+                    _prepare(evaluation)
         share = state.process_index, state.num_processes
         left = [sum(map(len, units_left(e.evaluator.settings, e.folder, ids, *share))) for e in evaluations]
         with progress(sum(left), state.process_index) as bar:
             for evaluation in evaluations:
-                keep = _keep(evaluation, ids)
-                evaluate(evaluation.evaluator, evaluation.folder, ids, keep, *share, bar, interruption)
-                state.wait_for_everyone()
-                if state.is_main_process:
-                    merge(evaluation.folder)
-                interruption.leave()
-                if state.is_main_process:
-                    write_report(evaluation.folder)
+                folder, tracking = evaluation.folder, evaluation.tracking if state.is_main_process else None
+                with wandb_log.evaluation_run(tracking, folder, evaluation.meta) as tracked:
+                    evaluate(evaluation.evaluator, folder, ids, _keep(evaluation, ids), *share, bar, interruption)
+                    state.wait_for_everyone()
+                    if state.is_main_process:
+                        merge(folder)
+                    interruption.leave()
+                    if state.is_main_process:
+                        write_report(folder)
+                        model_card.update_all(evaluation.checkpoints)
+                    if tracked:
+                        wandb_log.log_evaluation(tracked, folder, tracking)
+
+
+def _prepare(evaluation: Evaluation) -> None:
+    """Bring the folder into the state that the evaluation goes on from. Raises ValueError if it is of another one."""
+    if "morl" in evaluation.meta and not evaluation.overwrite:
+        allow_more_morl(evaluation.folder, evaluation.meta["morl"])
+    prepare_folder(evaluation.folder, evaluation.meta, evaluation.overwrite)
+    if evaluation.overwrite:
+        wandb_log.forget(evaluation.folder)
+    merge(evaluation.folder)
 
 
 def _keep(evaluation: Evaluation, ids: Sequence[int]) -> Callable[[Job], bool]:

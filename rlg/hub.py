@@ -39,7 +39,7 @@ class Source:
         try:
             paths = [huggingface_hub.hf_hub_download(self.repo, name) for name in inside]
         except Exception as error:  # the hub raises whatever it meets
-            raise ValueError(f"cannot get {self.where(names[0])} from the hub: {_short(error)}") from error
+            raise ValueError(f"cannot get {self.where(names[0])} from the hub: {short(error)}") from error
         return Path(paths[0]).parents[names[0].count("/")]
 
     def pickles(self) -> list[str]:
@@ -83,9 +83,10 @@ def _repository(repo: str) -> frozenset[str]:
         try:
             folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
         except Exception:
-            raise ValueError(f"no such checkpoint: {repo} is not here, and of the hub: {_short(error)}") from error
+            raise ValueError(f"no such checkpoint: {repo} is not here, and of the hub: {short(error)}") from error
     return frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """What went wrong, in one line of a readable length."""
     return textwrap.shorten(str(error), 160)

@@ -3,7 +3,7 @@
 manifest.json   {"version": 1, "files": {"adapter/adapter_model.safetensors": {"bytes": N, "sha256": "..."}, ...}}
 
 It is written last, when the disk holds all the files that it names: a folder that agrees with its manifest is whole.
-Files that came later (a README, say) do no harm.
+Files that came later do no harm, and the model card is not in it: evaluations bring that up to date.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 from rlg import durable
 
 MANIFEST = "manifest.json"
+_OPEN = (MANIFEST, "README.md")
 _BLOCK = 2**20  # bytes read at a time
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of everything in a folder, and have the disk hold both. Raises OSError."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """Write the manifest of a folder's files, and have the disk hold both. Raises OSError."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _OPEN)
     rows = {path.relative_to(folder).as_posix(): _describe(path) for path in files}
     for path in files:
         durable.sync(path)

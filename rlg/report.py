@@ -374,13 +374,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--metric",
         help="key of metrics.jsonl that training runs are compared by (default: the sweep's, or the reward)",
     )
+    add("--wandb", metavar="ENTITY/PROJECT", help="publish the report on several runs there too, as a W&B Report")
     options = parser.parse_args(arguments)
     with fail_cleanly():
         from rlg.report_runs import is_run, write_runs_report  # which reads evaluations by this module
         from rlg.sweep_folder import is_sweep
 
-        if any(is_run(folder) or is_sweep(folder) for folder in options.folders):
-            print(write_runs_report(options.folders, options.output, options.metric))
+        if options.wandb or any(is_run(folder) or is_sweep(folder) for folder in options.folders):
+            print(write_runs_report(options.folders, options.output, options.metric, options.wandb))
         elif options.metric is not None:
             raise ValueError("--metric compares training runs, and only evaluations are given")
         elif len(options.folders) == 1:

@@ -38,6 +38,7 @@ MAX_AXES = 8  # of parallel coordinates, besides the metric
 _TAILS = (2.5, 97.5)
 _NO_PARAMETERS = (  # of training: how it is kept and looked at
     *("name", "output_dir", "save_steps", "save_total_limit", "sample_steps", "report_to", "project"),
+    *("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license"),
     *("eval_steps", "eval_num_prompts", "eval_prompts", "held_out_reward"),
 )
 _SETTINGS = ("adapter", "base", "sampler", "steps", "cfg", "level", "schedule", "origin", "seed", "k", "num_prompts")
@@ -320,12 +321,18 @@ def _numbers(best: Best) -> list[Any]:
     ]
 
 
-def write_runs_report(folders: Sequence[Path], output: Path | None = None, metric: str | None = None) -> Path:
+def write_runs_report(
+    folders: Sequence[Path], output: Path | None = None, metric: str | None = None, wandb: str | None = None
+) -> Path:
     """Write the report into `output` (default: `report` in a single folder, or beside the first); returns the page.
 
-    metric: key of metrics.jsonl to compare training runs by. Raises ValueError for a folder that holds nothing.
+    metric: key of metrics.jsonl to compare training runs by. wandb: ENTITY/PROJECT to publish it in as well. Raises
+    ValueError for a folder that holds nothing, and where W&B can't be reached.
     """
-    from rlg import runs_figures
+    from rlg import report_wandb, runs_figures
+
+    if wandb is not None:
+        report_wandb.check(wandb)
 
     material = collect(folders, metric)
     if metric is not None and all(entry.metric is None for entry in material.entries):
@@ -351,4 +358,7 @@ def write_runs_report(folders: Sequence[Path], output: Path | None = None, metri
         "runs.html.template", title=title, material=material, figures=figures, bests=bests, fronts=fronts, table=TABLE
     )
     (output / PAGE).write_text(html, encoding="utf-8", errors="replace")
+    if wandb is not None:
+        images = {name: output / f"{name}.png" for name in figures}
+        print(report_wandb.publish(report_wandb.Content(title, material, bests, fronts, images), wandb))
     return output / PAGE

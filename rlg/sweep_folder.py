@@ -145,14 +145,21 @@ def history(folder: Path, metric: str) -> list[float]:
     values = [row.get(metric) for row in rows]
     summary = folder / "summary.json"
     if metric.startswith(BEST) and summary.is_file():
-        reward = metric.removeprefix(BEST)
         try:
-            points = [p for p in read_json(summary)["points"] if p["mode"] == "rlg"]
-            means = [float(p["rewards"][reward]["mean"]) for p in points if reward in p["rewards"]]
-        except (KeyError, TypeError) as error:
+            values.append(best_metrics(read_json(summary)).get(metric))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{summary} is no evaluation's summary ({error})") from error
-        values += [max(means)] if means else []
     return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def best_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """best/REWARD, the highest mean of a summary.json's points of guidance, and best_w/REWARD, the w that has it."""
+    found: dict[str, float] = {}
+    for point in (p for p in summary["points"] if p["mode"] == "rlg"):
+        for name, fields in point["rewards"].items():
+            if fields["mean"] > found.get(f"{BEST}{name}", -math.inf):
+                found |= {f"{BEST}{name}": fields["mean"], f"best_w/{name}": point["w"]}
+    return found
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

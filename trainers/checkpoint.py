@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlg import durable
+from rlg import durable, model_card
 from rlg.config import CONFIG, check_type, parse_json, read_json, read_yaml
 from rlg.policy import Policy
 from rlg.state import check_shapes, read_optimizer_state, save_optimizer_state
@@ -28,6 +28,7 @@ _STATE = "trainer_state"
 DAMAGED = (SafetensorError, KeyError, OSError, TypeError, AttributeError, IndexError, RuntimeError)
 _MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "max_skipped")
 _MAY_CHANGE += ("report_to",)
+_MAY_CHANGE += ("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license")
 
 
 class Ema:
@@ -107,6 +108,7 @@ def _write(config: TrainConfig, accelerator: Accelerator, state: TrainState, fol
     with state.averaged(), engines.whole(adapters["lora"]):
         if main:
             state.policy.save_adapter(folder)
+            model_card.write(folder, f"checkpoint-{state.step}")
 
 
 def _write_state(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:

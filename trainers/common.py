@@ -20,7 +20,7 @@ from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import Tensor, nn
 
-from rlg import durable, run_lock
+from rlg import durable, model_card, push, run_lock, wandb_log
 from rlg import prompts as prompt_sets
 from rlg.cli import stop
 from rlg.config import CONFIG, METRICS, check_links, check_type, read_yaml
@@ -108,11 +108,23 @@ class TrainConfig(RunConfig):
     eval_steps: int = field(default=0, metadata={"help": "iterations between held-out evaluations; 0: never"})
     eval_num_prompts: int = field(default=64, metadata={"help": "held-out prompts of such an evaluation"})
     sample_steps: int = field(default=10, metadata={"help": "iterations between sample images; 0: never"})
+    log_adapter: bool = field(default=False, metadata={"help": "keep the last adapter as an artifact of W&B, too"})
+    push_to_hub: bool = field(default=False, metadata={"help": "publish the last adapter, as rlg.push does"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "USER/NAME there (default: name, in your own)"})
+    hub_private_repo: bool = field(default=False, metadata={"help": "only you see it, if it is made"})
+    adapter_license: str | None = field(
+        default=None, metadata={"help": "for its model card (default: none is stated)"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_steps and not self.eval_prompts:
             raise ValueError(f"eval_steps = {self.eval_steps} needs eval_prompts, the held-out prompts to evaluate on")
+        if self.log_adapter and self.report_to != "wandb":
+            raise ValueError("log_adapter keeps the adapter as an artifact of W&B; it needs report_to wandb")
+        model_card.check_license(self.adapter_license)
+        if self.push_to_hub:
+            push.check_repo(self.hub_model_id or self.name)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and less than 1, got {self.ema_decay}")
         require_positive(self, "lora_rank", "lora_alpha", "ema_every", "eval_num_prompts", "num_steps")
@@ -176,7 +188,16 @@ def begin(kind: type[ConfigT]) -> tuple[ConfigT, Accelerator]:
         if accelerator.is_main_process:
             check_folder(config)
             run_lock.check(config.folder)
+    check_publishing(config, accelerator)
     return config, accelerator
+
+
+def check_publishing(config: RunConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError for a tracker or a hub that would refuse at the end; touches nothing."""
+    if accelerator.is_main_process and config.report_to == "wandb":
+        wandb_log.require()
+    if isinstance(config, TrainConfig) and config.push_to_hub:
+        push.check_token()
 
 
 def check_folder(config: RunConfig) -> None:
@@ -220,8 +241,12 @@ def prepare_folder(config: RunConfig, accelerator: Accelerator) -> None:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """config.yaml, as --config reads it again."""
-    row = {k: v for k, v in dataclasses.asdict(config).items() if k not in _COMMAND}
-    durable.write_text(folder / CONFIG, yaml.safe_dump(row, sort_keys=False))
+    durable.write_text(folder / CONFIG, yaml.safe_dump(settings(config), sort_keys=False))
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What a run is: all options but those that say what to do with it."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in _COMMAND}
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -263,10 +288,13 @@ class Log:
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.folder, self.accelerator = config.folder, accelerator
-        if config.report_to != "none":
+        if config.report_to == "wandb" and accelerator.is_main_process:
+            options = wandb_log.options(config.folder, config.name, "train", config.name)
+            with wandb_log.one_line():
+                accelerator.init_trackers(config.project, settings(config), {"wandb": options})
+        elif config.report_to == "tensorboard":
             flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(config).items()}
-            options = {"wandb": {"name": config.name, "dir": str(config.folder), "resume": "allow"}}
-            accelerator.init_trackers(config.project, flat, options if config.report_to == "wandb" else {})
+            accelerator.init_trackers(config.project, flat)
 
     def metrics(self, step: int, row: Mapping[str, float]) -> None:
         """Append a row, and send it to the tracker."""
@@ -277,20 +305,36 @@ class Log:
             file.write(json.dumps({"step": step} | rounded) + "\n")
         self.accelerator.log(dict(row), step=step)
 
-    def images(self, step: int, images_B3HW: Tensor, captions: Sequence[str]) -> None:
-        """Save a grid of samples, and send it to the tracker."""
+    def images(
+        self, step: int, images_B3HW: Tensor, prompts: Sequence[str], scores: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Save a grid of samples with a line each, its prompt and its rewards (B,), and send them to the tracker."""
         if not self.accelerator.is_main_process:
             return
         folder = self.folder / SAMPLES
         folder.mkdir(exist_ok=True)
+        rows = [{name: float(score_B[i]) for name, score_B in (scores or {}).items()} for i in range(len(prompts))]
+        captions = [wandb_log.caption(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
         grid(images_B3HW).save(folder / f"step-{step:06d}.png")
-        (folder / f"step-{step:06d}.txt").write_text("\n".join(captions) + "\n")
+        (folder / f"step-{step:06d}.txt").write_text("\n".join(captions) + "\n", errors="replace")
         for tracker in self.accelerator.trackers:
-            pixels = (images_B3HW.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
             if tracker.name == "wandb":
-                tracker.log_images({"samples": list(pixels)}, step=step)
+                tracker.log({"samples": wandb_log.pictures(images_B3HW, captions)}, step=step)
             else:
+                pixels = (images_B3HW.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
                 tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
+
+    def publish(self, config: TrainConfig, checkpoint: Path) -> None:
+        """What a finished run's config asks for: its adapter as an artifact, and on the hub.
+
+        Raises ValueError where the hub refuses; the checkpoint is whole then.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        if config.log_adapter:
+            wandb_log.log_adapter(self.accelerator.get_tracker("wandb", unwrap=True), checkpoint, config.name)
+        if config.push_to_hub:
+            print(push.push(checkpoint, config.hub_model_id or config.name, config.hub_private_repo))
 
 
 def grid(images_B3HW: Tensor, columns: int = 8) -> Image.Image:

@@ -100,6 +100,8 @@ class Trainer:
                 checkpoint.save_checkpoint(config, accelerator, state)
         if accelerator.is_main_process:
             print(config.folder / f"checkpoint-{state.step}")
+        if state.step >= config.max_steps:
+            log.publish(config, config.folder / f"checkpoint-{state.step}")
         accelerator.end_training()
 
     def begin_updates(self, passes: int) -> None:

@@ -157,6 +157,7 @@ class OnlineTrainer(Trainer):
         held_out: RewardMix | None = None,
     ):
         self.prompts = list(prompts)
+        self.scores: dict[str, Tensor] = {}  # of this process's last images (B,), by reward
         if config.num_prompts > len(self.prompts):
             raise ValueError(
                 f"num_prompts = {config.num_prompts}, but {config.prompts} holds {len(self.prompts)} prompts"
@@ -189,8 +190,8 @@ class OnlineTrainer(Trainer):
         counters["images"] = counters.get("images", 0) + images
         counters["seconds"] = counters.get("seconds", 0.0) + finished - started
         if log and self.config.sample_steps and self.state.step % self.config.sample_steps == 0:
-            captions = [self.prompts[i].text for i in samples.prompt_B[:32]]
-            log.images(self.state.step, samples.images_B3HW[:32], captions)
+            shown = [self.prompts[i].text for i in samples.prompt_B[:32]]
+            log.images(self.state.step, samples.images_B3HW[:32], shown, self.scores)
         return metrics | {
             "images": counters["images"],
             "seconds": counters["seconds"],
@@ -260,6 +261,7 @@ class OnlineTrainer(Trainer):
         accelerator = self.accelerator
         scorer = samples.early.finish if samples.early else self.reward
         scores = scorer(samples.images_B3HW, *self._texts(samples.prompt_B))
+        self.scores = scores.parts
         group_B = accelerator.gather(samples.prompt_B.to(accelerator.device)).cpu()
         total_B = accelerator.gather(scores.total_B.to(accelerator.device)).cpu().double()
         parts = {n: accelerator.gather(s.to(accelerator.device)).cpu().double() for n, s in scores.parts.items()}
