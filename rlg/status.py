@@ -30,11 +30,11 @@ from typing import Any
 from rlg.cli import Parser, fail_cleanly
 from rlg.config import CONFIG, METRICS, read_yaml
 from rlg.eval_folder import META, PLAN, ROWS
+from rlg.run_lock import LOCK
 from rlg.sweep_folder import FAILED, FINISHED, SWEEP, is_sweep, read_sweep
 
 TRAINING, EVALUATION, KIND_SWEEP, UNKNOWN = "training", "evaluation", "sweep", "unknown"
 RUNNING, STOPPED, DONE, BROKEN, FOREIGN = "running", "stopped", "done", "broken", "no run"
-LOCK = ".lock"  # a writer holds it with flock
 TAIL = 1 << 16  # bytes of metrics.jsonl or scores.jsonl that are read: the last hundred rows or so
 _LARGEST = 1 << 24  # bytes of any other file
 _DEEPEST = 6  # folders below the one that is given

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from rlg import adapters, model_card, push
 from rlg import evaluate as evaluation
 from tests import fake_hub
-from trainers.checkpoint import checkpoints
+from trainers.saving import checkpoints
 from trainers.grpo import GRPOTrainer
 
 Make = Callable[..., GRPOTrainer]

@@ -160,6 +160,16 @@ def test_evaluation_refuses_weights_that_are_not_those_of_the_manifest(
     assert adapters.read(tmp_path).tensors
 
 
+def test_a_card_that_is_brought_up_to_date_leaves_a_checkpoint_whole(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("not evaluated yet")
+    (tmp_path / "adapter.safetensors").write_bytes(b"weights")
+    manifest.seal(tmp_path)
+    (tmp_path / "README.md").write_text("a curve")
+    assert manifest.fault(tmp_path) is None
+    (tmp_path / "adapter.safetensors").write_bytes(b"Weights")
+    assert "adapter.safetensors" in manifest.fault(tmp_path)
+
+
 # --- disks that are full, and places where nothing can be written
 
 
