@@ -124,7 +124,7 @@ def test_a_signal_finishes_the_unit_and_the_same_command_goes_on(
     said = capsys.readouterr()
     assert "interrupted; the same command goes on where it was" in said.err and not said.out
     (folder,) = (checkpoint.parent / "eval").iterdir()
-    assert {file.name for file in folder.iterdir()} == {"meta.json", "scores.jsonl", "images"}
+    assert {file.name for file in folder.iterdir()} == {"meta.json", "plan.json", "scores.jsonl", "images"}
     assert len(read_rows(folder / "scores.jsonl")) == len(made) == 2
     evaluation.main(arguments)
     assert len(read_rows(folder / "scores.jsonl")) == len(made) == 4 and (folder / "report.html").is_file()
