@@ -163,6 +163,12 @@ def test_mixed_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         make_accelerator("bf16")
 
 
+def test_fsdp_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP on GPUs only; on CPUs launch with launch/accelerate/cpu2.yaml"):
+        make_accelerator("no")
+
+
 def test_what_deepspeed_cannot_train_is_refused() -> None:
     with pytest.raises(ValueError, match="DeepSpeed cannot train two models; launch with another file"):
         require_plain(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED), "two models")

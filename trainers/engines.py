@@ -1,23 +1,23 @@
-"""Engines that share the training state out over processes: DeepSpeed's ZeRO-2 and ZeRO-3, through accelerate.
+"""Engines that share the training state out over processes, through accelerate: DeepSpeed's ZeRO-2, ZeRO-3, and FSDP2.
 
-ZeRO-2 keeps each process a part of the optimizer's state, and ZeRO-3 also a part of every parameter. What differs from
-plain training is in this module: elsewhere, parameters are read and written within `whole`, the optimizer's state
-goes through `optimizer_state` and `load_optimizer_state`, and a loss through `share`. Checkpoints hold whole tensors,
-so that one made under any engine and number of processes is resumed under any other.
+ZeRO-2 keeps each process a part of the optimizer's state, and ZeRO-3 a part of every parameter, too. FSDP2 keeps it a
+part of the frozen base; the LoRA stays whole on every process. What differs from plain training is in this module:
+elsewhere, parameters are read and written within `whole`, the optimizer's state goes through `optimizer_state` and
+`load_optimizer_state`, a loss through `share`, and gradients through `average_gradients`. Checkpoints hold whole
+tensors, so that one made under any engine and number of processes is resumed under any other.
 
-`whole` and the two functions of the optimizer's state are collective: every process calls them.
+`whole`, the two functions of the optimizer's state and `average_gradients` are collective: every process calls them.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.integrations import unset_hf_deepspeed_config
@@ -28,9 +28,9 @@ _SLOTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, beside th
 def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     """accelerate's `Accelerator` for the engine that it was launched with.
 
-    Raises ValueError for mixed precision under DeepSpeed.
+    Raises ValueError for mixed precision under DeepSpeed, and for FSDP without a GPU.
     """
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if deepspeed and mixed_precision != "no":
         raise ValueError(
             f"mixed_precision is {mixed_precision}, with which DeepSpeed rounds the LoRA, too; "
@@ -43,6 +43,8 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     if deepspeed:
         _no_compiler()
     accelerator = Accelerator(mixed_precision=mixed_precision, **options)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not _is_fsdp(accelerator):
+        raise ValueError("accelerate has FSDP on GPUs only; on CPUs launch with launch/accelerate/cpu2.yaml")
     if deepspeed:
         unset_hf_deepspeed_config()  # else transformers would partition what it loads, such as text encoders
     return accelerator
@@ -59,7 +61,7 @@ def require_plain(accelerator: Accelerator, what: str) -> None:
     """Raise ValueError under DeepSpeed, for what it cannot train."""
     if is_deepspeed(accelerator):
         raise ValueError(
-            f"{what} under DeepSpeed; launch it with another file of launch/accelerate, such as 8gpu.yaml"
+            f"DeepSpeed cannot train {what}; launch with another file, such as launch/accelerate/8gpu.yaml"
         )
 
 
