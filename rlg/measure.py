@@ -12,7 +12,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def interleaved(
 ) -> dict[str, Times]:
     """Run the contenders in turn, `repeats` rounds after `warmup` that do not count.
 
-    Each round begins with another contender, so that none is always first or behind the same one.
+    Rounds differ in their order (`turns`), so that none is always first or behind the same one.
     Raises ValueError for less than one round.
     """
     if repeats < 1:
@@ -51,12 +51,17 @@ def interleaved(
     names = list(contenders)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for r in range(-warmup, repeats):
-        order = names[r % len(names) :] + names[: r % len(names)]
-        for name in order if r % 2 else reversed(order):
+        for name in turns(names, r):
             spent = stopwatch(contenders[name], device)
             if r >= 0:
                 seconds[name].append(spent)
     return {name: Times(*map(tuple, zip(*rows, strict=True))) for name, rows in seconds.items()}
+
+
+def turns(names: Sequence[str], r: int) -> list[str]:
+    """The names in the order of round r: each round begins with another one, and every other goes backwards."""
+    order = [*names[r % len(names) :], *names[: r % len(names)]]
+    return order if r % 2 else order[::-1]
 
 
 def stopwatch(run: Callable[[], object], device: torch.device | str = "cpu") -> tuple[float, float]:
