@@ -133,14 +133,12 @@ def run(args: argparse.Namespace, reward: Any | None) -> Path:
     folder = output_of(args)
     prompts = prompt_sets.load(args.prompts)
     chosen_on, measured_on = split(prompt_sets.spread(prompts, args.num_prompts), args)
-    sizes = {
-        name: getattr(args, name) for name in ("w", "steps", "sampler", "level", "cfg", "resolution", "batch_size")
-    }
-    bench = Bench(load(args), prompts, CostSettings(**sizes), reward)
+    settings = CostSettings(**{field.name: getattr(args, field.name) for field in fields(CostSettings)})
+    bench = Bench(load(args), prompts, settings, reward)
     bench.check(args.modes)
     exact = exact_modes(bench)
-    choice = calibrate(bench, args, chosen_on, exact) if args.budget is not None else None
-    names = list(dict.fromkeys([BASE, TUNED, *exact, *args.modes, *([choice["mode"]] if choice else [])]))
+    choice = calibrate(bench, args, chosen_on) if args.budget is not None else None
+    names = list(dict.fromkeys([BASE, TUNED, FULL, *args.modes, *([choice["mode"]] if choice else [])]))
     ids = samples_of(measured_on, args.k, args.seed)
     peaks = bench.peaks(names, ids[: args.batch_size])
     results = compare(bench.run(names, ids), ids, peaks)
@@ -194,13 +192,11 @@ def exact_modes(bench: Bench) -> list[str]:
     return [FULL] if bench.policy.tuned is not None else [FULL, FULL + BATCH]
 
 
-def calibrate(
-    bench: Bench, args: argparse.Namespace, prompt_ids: Sequence[int], exact: Sequence[str]
-) -> dict[str, Any]:
+def calibrate(bench: Bench, args: argparse.Namespace, prompt_ids: Sequence[int]) -> dict[str, Any]:
     """The mode that a budget buys, and what was known of all when it was chosen. Raises ValueError if it buys none."""
     ids = samples_of(prompt_ids, args.k, args.seed + _CALIBRATION_SEED)
-    options = candidates(bench.schedule, args.cfg, args.w, full=bench.policy.tuned is not None)
-    names = list(dict.fromkeys([BASE, TUNED, *exact, *options, *args.modes]))
+    options = candidates(bench.schedule, args.cfg, args.w, bench.policy.tuned is not None, args.budget)
+    names = list(dict.fromkeys([BASE, TUNED, FULL, *options]))
     bench.denoise(FULL, ids[: args.batch_size])  # a warm-up
     clock = "cost" if bench.policy.device.type == "cuda" else "cpu_cost"
     results = compare(bench.run(names, ids), ids, {})

@@ -1,14 +1,20 @@
-"""The table and the figure of `python -m rlg.benchmark guidance`, from its results.json."""
+"""The table and the figure of `python -m rlg.benchmark guidance`, from its results.json.
+
+python -m rlg.cost_figure runs/benchmarks/A/results.json runs/benchmarks/B/results.json --output docs/cost
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlg.style import INK, MUTED, PALETTE, STYLE
+from rlg.cli import Parser, fail_cleanly
+from rlg.style import INK, MUTED, PALETTE, STYLE, save
 
 Row = Mapping[str, Any]
 
@@ -113,3 +119,17 @@ def front(points: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, 
         if not best or (y > best[-1][1] if up else y < best[-1][1]):
             best.append((x, y))
     return best
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: one figure of several results.json."""
+    with fail_cleanly():
+        parser = Parser(prog="python -m rlg.cost_figure", description="One figure of several benchmarks of guidance.")
+        parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="results.json, a panel each")
+        parser.add_argument("--output", type=Path, required=True, metavar="STEM", help="writes STEM.png and STEM.svg")
+        args = parser.parse_args(argv)
+        save(draw(*(json.loads(file.read_text(encoding="utf-8")) for file in args.results)), args.output)
+
+
+if __name__ == "__main__":
+    main()

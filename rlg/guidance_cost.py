@@ -26,7 +26,7 @@ from torch import Tensor
 from rewards import RewardMix
 from rlg import measure, sampling
 from rlg.guidance import Predictor, rlg
-from rlg.guidance_modes import FULL, TUNED, Mode, Models, sweep
+from rlg.guidance_modes import CONDITIONAL, FULL, TUNED, Mode, Models, sweep
 from rlg.policy import Policy
 from rlg.process import Schedule
 from rlg.prompts import Prompt
@@ -34,6 +34,7 @@ from rlg.sampling import SampleId, SampleNoise
 from rlg.stats import Estimate, draws, paired_difference
 
 BASE = "base"
+_ROOM = 1.05  # passes of the base cost less than those with a LoRA
 Array = NDArray[np.float64]
 
 
@@ -216,13 +217,14 @@ def _resampled(values_MN: Array, prompt_N: Sequence[int]) -> Array:
     return sums_MG @ draws(len(names)).T
 
 
-def candidates(schedule: Schedule, cfg: float, w: float, full: bool) -> list[str]:
-    """Modes and parameters that a budget may choose from; `full`: the tuned model is a full network, not a LoRA."""
+def candidates(schedule: Schedule, cfg: float, w: float, full: bool, budget: float) -> list[str]:
+    """Modes and parameters that a budget may choose from, without those of too many passes (with some room).
+
+    full: whether the tuned model is a full network, which has no LoRA to scale.
+    """
     steps = len(schedule)
-    places = [(0,), (1,), (0, 1), (0, 2), (1, 3), (0, 1, 2), (0, 1, 3), (0, 2, 5), (0, 1, 2, 3)]
-    places = [place for place in places if place[-1] < steps]
-    listed = [",".join(map(str, place)) for place in places]
-    names = [f"reuse:{n}" for n in (2, 3, 4, 5, 8) if n < steps] + ["reuse:2:linear", "reuse:4:linear"]
+    listed = ("0", "1", "2", "0,1", "0,2", "0,3", "1,3", "1,4", "2,5", "0,1,2", "0,1,3", "0,2,5", "0,1,2,3", "0,1,3,6")
+    names = [f"reuse:{n}" for n in (2, 3, 4, 5, 8)] + ["reuse:2:linear", "reuse:4:linear"]
     names += [f"reuse_at:{text}" for text in listed] + ["interval:0.7:1", "interval:0.9:1"]
     if not full:
         names += ["scaled:0.7", "scaled:0.85", "scaled", *(f"scaled_but:{text}" for text in listed)]
@@ -230,7 +232,14 @@ def candidates(schedule: Schedule, cfg: float, w: float, full: bool) -> list[str
         names += ["conditional", "conditional:equal"]
     if schedule.stochastic_steps() and 0 <= w <= 1:
         names.append("random")
-    return names
+    modes = {name: Mode.parse(name) for name in names}
+    fitting = {name: mode for name, mode in modes.items() if max(mode.steps, default=0) < steps}
+    return [name for name, mode in fitting.items() if _passes(mode, schedule) <= _ROOM * budget]
+
+
+def _passes(mode: Mode, schedule: Schedule) -> float:
+    """Passes a step, those of the tuned model being 1."""
+    return 1.5 if mode.kind == CONDITIONAL else 1 + sum(mode.refreshes(schedule)) / len(schedule)
 
 
 def pick(results: Sequence[Result], budget: float, clock: str) -> Result:
