@@ -112,6 +112,29 @@ def scaled(network: nn.Module, factor: float) -> Iterator[None]:
             layer.scaling.update(scaling)
 
 
+@contextmanager
+def rows(network: nn.Module, factor_N: Tensor) -> Iterator[None]:
+    """Within, the LoRA update of row n of the network's batch is multiplied by factor_N[n]: 0 is the base, 1 tuned.
+
+    One batch then holds passes of several models. The rank's few channels are scaled, before they are projected up.
+    Raises ValueError, inside a pass, for a layer whose batch is of another size.
+    """
+
+    def scale(module: nn.Module, args: Any, low: Tensor) -> Tensor:
+        if len(low) != len(factor_N):
+            raise ValueError(f"{len(factor_N)} factors of the LoRA for a batch of {len(low)}")
+        return low * factor_N.to(low).reshape(-1, *[1] * (low.ndim - 1))
+
+    layers = lora_layers(network)
+    downs = [layer.lora_A[name] for layer in layers for name in layer.active_adapters if name in layer.lora_A]
+    handles = [down.register_forward_hook(scale) for down in downs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def save(pipe: Any, denoiser_name: str, folder: Path, base: str) -> None:
     """Write folder/adapter (PEFT) and folder/pytorch_lora_weights.safetensors (diffusers, alpha in its header)."""
     network = getattr(pipe, denoiser_name)

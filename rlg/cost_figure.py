@@ -1,0 +1,135 @@
+"""The table and the figure of `python -m rlg.benchmark guidance`, from its results.json.
+
+python -m rlg.cost_figure runs/benchmarks/A/results.json runs/benchmarks/B/results.json --output docs/cost
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlg.cli import Parser, fail_cleanly
+from rlg.style import INK, MUTED, PALETTE, STYLE, save
+
+Row = Mapping[str, Any]
+
+_BASE = "base"
+
+
+def table(report: Row) -> str:
+    """Markdown: a row for each mode, then what exact modes cost at small batches, and a sweep over w."""
+    command, machine = report["command"], report["machine"]
+    title = f"w = {command['w']:g}, {command['sampler'].upper()}, {command['steps']} steps, CFG {command['cfg']:g}"
+    where = f"{machine['device']}, {machine['threads']} thread(s), load {machine['load']:g}, torch {machine['torch']}"
+    return (
+        "\n\n".join([f"{title}; n = {report['n']} images of {report['prompts']} prompts; {where}", *_tables(report)])
+        + "\n"
+    )
+
+
+def _tables(report: Row) -> list[str]:
+    choice = (report["choice"] or {}).get("mode")
+    head = ["mode", "NFE", "s / image", "cost", "CPU cost", "peak MiB", "distance"]
+    head += [report["reward"], "to full", "gain kept", "of that beyond w = 1"] if report["reward"] else []
+    rows = [_row(result, choice, bool(report["reward"])) for result in report["results"]]
+    parts = [_markdown(head, rows)]
+    if report["batches"]:
+        names = list(report["batches"][0]["cost"])
+        rows = [[str(row["batch"]), *(_interval(row["cost"][name]) for name in names)] for row in report["batches"]]
+        parts.append(_markdown(["images a batch", *names], rows))
+    sweep = report["sweep"]
+    rows = [[name, f"{sweep['seconds'][name]:.3g}", _interval(sweep["cost"][name])] for name in sweep["cost"]]
+    scales = ", ".join(f"{w:g}" for w in sweep["scales"])
+    return [*parts, _markdown([f"sweep over w = {scales}; {sweep['images']} images each", "s / image", "cost"], rows)]
+
+
+def _row(result: Row, choice: str | None, scored: bool) -> list[str]:
+    mark = " (chosen)" if result["mode"] == choice else " (exact)" if result["exact"] else ""
+    peak = "" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f}"
+    cells = [f"`{result['mode']}`{mark}", f"{result['nfe']:g}", f"{result['seconds']:.3g}"]
+    cells += [_interval(result["cost"]), _interval(result["cpu_cost"]), peak, _interval(result["distance"])]
+    if scored:
+        cells += [f"{result['reward']:.3f}", _interval(result["to_full"], 3, "+")]
+        cells += [_percent(result["kept"]), _percent(result["beyond"])]
+    return cells
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _interval(estimate: Row | None, digits: int = 2, sign: str = "") -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate['mean']:{sign}.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+
+
+def _percent(estimate: Row | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{estimate['mean']:.0%} [{estimate['low']:.0%}, {estimate['high']:.0%}]"
+
+
+def draw(*reports: Row) -> Figure:
+    """A panel for each report: what is kept (without rewards: how near) against cost, and the front of the modes."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.5, 4.6 * len(reports)), 4.2), layout="constrained")
+        for axes, report in zip(figure.subplots(1, len(reports), squeeze=False)[0], reports, strict=True):
+            _panel(axes, report)
+        return figure
+
+
+def _panel(axes: Axes, report: Row) -> None:
+    scored = any(result.get("kept") for result in report["results"])
+    field, unit = ("kept", 100) if scored else ("distance", 1)
+    clock = "cost" if "NVIDIA" in report["machine"]["device"] else "cpu_cost"
+    command = report["command"]
+    axes.set_title(f"{report['reward'] or 'distance to full guidance'}, w = {command['w']:g}")
+    axes.set_xlabel("cost (the tuned model alone = 1)")
+    axes.set_ylabel("% of the reward's gain kept" if scored else "distance (w = 1: 1)")
+    shown = [r for r in report["results"] if r["mode"] != _BASE and r[field]]
+    points = [(r[clock]["mean"], unit * r[field]["mean"]) for r in shown]
+    best = front(points, up=scored)
+    axes.plot(*zip(*best, strict=True), color=PALETTE[0], linewidth=1.2, drawstyle="steps-post", zorder=1)
+    if scored:
+        axes.axhline(97, color=MUTED, linewidth=0.7, linestyle=":")
+    if command["budget"]:
+        axes.axvline(command["budget"], color=MUTED, linewidth=0.7, linestyle=":")
+    choice = (report["choice"] or {}).get("mode")
+    for (x, y), result in zip(points, shown, strict=True):
+        low, high = (unit * result[field][end] for end in ("low", "high"))
+        colour = PALETTE[1] if result["mode"] == choice else INK if result["exact"] else PALETTE[0]
+        bars = [[max(0.0, y - low)], [max(0.0, high - y)]]
+        axes.errorbar([x], [y], yerr=bars, fmt="o", color=colour, elinewidth=0.9, markersize=4.5)
+        axes.annotate(result["mode"], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, color=colour)
+
+
+def front(points: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, float]]:
+    """The points that no cheaper one equals or beats, from the cheapest; `up`: more is better, else less."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda p: (p[0], -p[1] if up else p[1])):
+        if not best or (y > best[-1][1] if up else y < best[-1][1]):
+            best.append((x, y))
+    return best
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: one figure of several results.json."""
+    with fail_cleanly():
+        parser = Parser(prog="python -m rlg.cost_figure", description="One figure of several benchmarks of guidance.")
+        parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="results.json, a panel each")
+        parser.add_argument("--output", type=Path, required=True, metavar="STEM", help="writes STEM.png and STEM.svg")
+        args = parser.parse_args(argv)
+        save(draw(*(json.loads(file.read_text(encoding="utf-8")) for file in args.results)), args.output)
+
+
+if __name__ == "__main__":
+    main()
