@@ -13,7 +13,7 @@ from rlg.measure import peak_memory
 
 
 def peak_allocated(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Bytes at the peak of one call, above what was held before it; the profiler slows a call on a CPU down.
+    """Bytes at the peak of one call, of what it allocated itself; the profiler slows a call on a CPU down.
 
     Of a GPU the caching allocator's, of a CPU that of torch, without what a kernel takes for itself.
     """

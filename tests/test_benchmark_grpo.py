@@ -24,7 +24,7 @@ from tests.test_grpo import ADVANTAGE, Make, applied_gradients, move, spy
 from trainers import benchmark
 from trainers.benchmark import PHASES, MeasuredTrainer, samples_of
 from trainers.benchmark_reference import PlainGRPO
-from trainers.grpo import GRPOConfig, GRPOTrainer, Pass
+from trainers.grpo import GRPOConfig, GRPOTrainer
 
 TOLERANCE = 2e-4  # of a gradient's norm: sums in another order
 
@@ -114,13 +114,10 @@ def test_sizes_of_passes_that_do_not_fit_are_refused(tiny_trainer: Make) -> None
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_samples_without_an_advantage_get_no_pass_and_change_nothing(
-    size: int, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_without_an_advantage_get_no_pass_and_change_nothing(size: int, tiny_trainer: Make) -> None:
     advantage = torch.tensor([1.0, -0.5, 0.0, 0.0])
     trainer, rows = tiny_trainer("sd3", update_batch_size=size, max_grad_norm=1e9), []
     trainer.tuned = spy(trainer.tuned, lambda x, t, cond: rows.append(len(x)))
-    monkeypatch.setattr(Pass, "__post_init__", lambda part: None, raising=False)
     roll = trainer.rollout()
     rows.clear()
     with applied_gradients(trainer) as found:
@@ -224,18 +221,17 @@ def test_phases_are_exclusive_and_add_up_to_the_whole() -> None:
     assert phases.whole(lambda: spend(3)) == {REST: 3}  # anew
 
 
-def test_peak_of_allocations_is_above_what_was_held() -> None:
-    held = [torch.zeros(1000, 1000)]
+def test_peak_of_allocations_is_of_those_made_within() -> None:
+    held = [torch.zeros(3000, 1000)]
 
     def run() -> None:
         a = torch.zeros(1000, 1000)
-        held.clear()  # 4 MB that were there before
+        held.clear()  # 12 MB that were there before
         b = torch.zeros(2000, 1000)
-        del a
+        del a, b
         torch.zeros(1000, 1000)
-        del b
 
-    assert peak_allocated(run) == 8_000_000
+    assert peak_allocated(run) == 12_000_000
     assert peak_allocated(lambda: None) == 0
 
 

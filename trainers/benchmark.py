@@ -35,7 +35,7 @@ from rewards import RewardMix
 from rlg import flops, measure
 from rlg import prompts as prompt_sets
 from rlg.allocations import peak_allocated
-from rlg.architectures import ARCHITECTURES, random_policy
+from rlg.benchmark_growth import add_model_arguments, policy_with_lora
 from rlg.cli import Parser, fail_cleanly
 from rlg.measure import Times
 from rlg.phases import REST, Phases
@@ -113,7 +113,7 @@ class Bench:
 
     @cached_property
     def _policy(self) -> Policy:
-        return load_policy(self.args)
+        return policy_with_lora(self.args)
 
     @cached_property
     def _trainer(self) -> MeasuredTrainer:
@@ -161,7 +161,7 @@ class Bench:
             ROLLOUTS: {"per_device_batch_size": images, "update_batch_size": self.batch},
             COMPILED: {"compile": True},
         }
-        policy = load_policy(self.args) if name == COMPILED else self._policy
+        policy = policy_with_lora(self.args) if name == COMPILED else self._policy
         trainer = MeasuredTrainer(self.config(**options[name]), policy, self.reward, self.prompts)
         return Side(trainer.iteration, trainer.phases, [])
 
@@ -171,19 +171,6 @@ def samples_of(trainer: GRPOTrainer) -> tuple[Any, Any, list[int]]:
     generator = torch.Generator().manual_seed(trainer.iteration_seed())
     schedule, steps = trainer._schedule(generator)
     return [part.noise.ids for part in trainer.parts(generator)], schedule, steps
-
-
-def load_policy(args: argparse.Namespace) -> Policy:
-    """The model with a LoRA that is not zero. Raises ValueError for one that is not there."""
-    if args.arch:
-        return random_policy(args.arch, args.dtype, args.device, args.lora_rank, t5=not args.no_t5)
-    policy = Policy.load(args.model, args.dtype, args.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for parameter in policy.add_lora(args.lora_rank, 2 * args.lora_rank):
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.01)
-    return policy
 
 
 @dataclass(frozen=True)
@@ -266,12 +253,7 @@ def saturation(results: Sequence[Result], name: str = TRAINER) -> str:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m rlg.benchmark grpo", description=__doc__, formatter_class=_FORMAT)
-    parser.add_argument("--model", default="tiny-sd3", help="tiny-sd, tiny-sd3, tiny-sdxl, a folder or a hub id")
-    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), help="instead: an architecture with random weights")
-    parser.add_argument("--no_t5", action="store_true", help="an architecture without its third text encoder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--resolution", type=int, help="image side in pixels (default: the model's own)")
+    add_model_arguments(parser)
     parser.add_argument("--reward", default="jpeg_compressibility")
     parser.add_argument("--prompts", default="tinyworld:composition/train")
     parser.add_argument("--num_prompts", type=int, default=4)
@@ -281,7 +263,6 @@ def _parser() -> Parser:
     parser.add_argument("--num_train_steps", type=int, help="(default: all but the last)")
     parser.add_argument("--guidance_scale", type=float, default=4.5)
     parser.add_argument("--beta", type=float, default=0.04)
-    parser.add_argument("--lora_rank", type=int, default=32)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="also the trainer under torch.compile")
     parser.add_argument("--repeats", type=int, default=5)
