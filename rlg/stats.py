@@ -15,6 +15,7 @@ Legend: N values (images), G groups (prompts), R resamples. Below some 20 prompt
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ SAMPLERS = ("ode", "sde", "cps")
 OPTIONAL = ("kl", "diversity", "log_weight")  # numbers that a row may lack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a report holds all rows of an evaluation
 class Row:
     """One scored image: a line of scores.jsonl."""
 
@@ -81,7 +82,7 @@ class Row:
             sampler=_choice(record, "sampler", SAMPLERS),
             mode=_choice(record, "mode", ALL_MODES),
             w=float(f"{_number(record, 'w'):g}"),
-            rewards={name: _number(record["rewards"], name) for name in record["rewards"]},
+            rewards={sys.intern(name): _number(record["rewards"], name) for name in record["rewards"]},
             seconds=_number(record, "seconds"),
             **{name: None if record[name] is None else _number(record, name) for name in OPTIONAL},
             **{name: _integer(record, name) for name in ("prompt_id", "k", "seed", "nfe")},
@@ -91,13 +92,13 @@ class Row:
 def _text(record: Mapping[str, Any], name: str) -> str:
     if not isinstance(record[name], str):
         raise ValueError(f"{name} must be a string, got {record[name]!r}")
-    return record[name]
+    return sys.intern(record[name])  # a prompt has many rows, and they hold it once
 
 
 def _choice(record: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
     if record[name] not in known:
         raise ValueError(f"unknown {name} {record[name]!r}; known: {', '.join(known)}")
-    return record[name]
+    return sys.intern(record[name])
 
 
 def _number(record: Mapping[str, Any], name: str) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rewards import RewardError, RewardMix
 from rlg import process, sampling
 from rlg.sampling import SampleId, SampleNoise
-from trainers.grpo import GRPOTrainer, Rollout
+from trainers.grpo import GRPOTrainer, Pass, Rollout
 from trainers.saving import checkpoints
 
 Make = Callable[..., GRPOTrainer]
@@ -158,10 +158,10 @@ def test_window_is_stochastic_and_trained_and_nothing_else_is(tiny_trainer: Make
     drawn = [trainer._schedule(torch.Generator().manual_seed(step))[1] for step in range(12)]
     assert {steps[0] for steps in drawn} == {2, 3}
     trained = []
-    trainer.loss = spy(trainer.loss, lambda roll, b, i, advantage: trained.append((i, roll.train_steps)))
+    trainer.pass_loss = spy(trainer.pass_loss, lambda roll, part, advantage: trained.extend(part.steps))
     roll = trainer.rollout()
     trainer.update(roll, ADVANTAGE)
-    assert [i for i, _ in trained] == roll.train_steps
+    assert trained == roll.train_steps
     silent = [i for i in range(6) if i not in roll.train_steps]
     assert not roll.batches[0].logp_TB[silent].any() and roll.batches[0].logp_TB[roll.train_steps].all()
 
@@ -228,14 +228,14 @@ def test_every_update_accumulates_its_own_batches(tiny_trainer: Make) -> None:
     trainer = tiny_trainer("sd3", per_device_batch_size=1, num_updates=2, num_iterations=2, ema_decay=0.5, ema_every=1)
     trainer.accelerator.step = 3  # as an earlier iteration of another length would leave it
     seen: list[tuple[int, float]] = []
-    inner = trainer.loss
+    inner = trainer.pass_loss
 
-    def watched(roll: Rollout, b: int, i: int, advantage: Tensor) -> Any:
-        loss, metrics = inner(roll, b, i, advantage)
-        seen.append((b, float(metrics["approx_kl"])))
+    def watched(roll: Rollout, part: Pass, advantage: Tensor) -> Any:
+        loss, metrics = inner(roll, part, advantage)
+        seen.append((part.batch, float(metrics["approx_kl"])))
         return loss, metrics
 
-    trainer.loss = watched
+    trainer.pass_loss = watched
     with applied_gradients(trainer) as found:
         trainer.iteration()
     assert len(found) == trainer.counts["updates_per_iteration"] == trainer.state.ema.steps == 4
@@ -249,7 +249,9 @@ def test_every_update_accumulates_its_own_batches(tiny_trainer: Make) -> None:
 def test_each_batch_meets_its_own_advantages(tiny_trainer: Make) -> None:
     trainer = tiny_trainer("sd3", per_device_batch_size=2)
     roll, seen = trainer.rollout(), {}
-    trainer.loss = spy(trainer.loss, lambda roll, b, i, advantage: seen.update({b: advantage.tolist()}))
+    trainer.pass_loss = spy(
+        trainer.pass_loss, lambda roll, part, advantage: seen.update({part.batch: advantage.tolist()})
+    )
     trainer.update(roll, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert seen == {0: [1, 2], 1: [3, 4]}
 

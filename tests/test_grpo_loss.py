@@ -47,6 +47,8 @@ def test_a_group_without_differences_teaches_nothing() -> None:
         assert advantage[:2].tolist() == [0, 0]
         assert advantage[2] < 0 < advantage[3]
         assert not group_advantages(torch.full((4,), 5.0), group, scale).any()
+        thirds = torch.tensor([0.1, 0.1, 0.1, 0.9], dtype=torch.float64)  # whose mean is not 0.1, by rounding
+        assert (thirds[:3].sum() / 3 != 0.1) and not group_advantages(thirds, torch.tensor([0, 0, 0, 1]), scale).any()
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,14 @@ def write_lines(path, *lines):
     return path
 
 
+def test_rows_of_a_prompt_hold_its_text_once(tmp_path):
+    """A report holds every row of an evaluation: 0.5 kB each, where it was 0.9."""
+    one, other = read_rows(write_lines(tmp_path / "s", *(json.dumps(RECORD | {"k": k, "tag": "two"}) for k in (0, 1))))
+    assert one.prompt is other.prompt and one.tag is other.tag and one.mode is other.mode
+    assert next(iter(one.rewards)) is next(iter(other.rewards))
+    assert not hasattr(one, "__dict__")
+
+
 def test_last_line_cut_off_is_ignored(tmp_path):
     lines = [json.dumps(RECORD | {"k": k, "prompt": "a café"}, ensure_ascii=False).encode() for k in (0, 1)]
     cut = lines[1].index("é".encode()) + 1  # in the middle of a character

@@ -103,6 +103,7 @@ class TrainConfig(RunConfig):
     )
     num_steps: int = field(default=10, metadata={"help": "denoising steps of a sample"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "trade compute for memory"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the network: minutes first, then faster"})
     ema_decay: float = field(default=0.9, metadata={"help": "moving average of the LoRA; 0 turns it off"})
     ema_every: int = field(default=8, metadata={"help": "optimizer steps between updates of the average"})
     eval_steps: int = field(default=0, metadata={"help": "iterations between held-out evaluations; 0: never"})
@@ -261,16 +262,23 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def prepare_policy(
-    config: TrainConfig, accelerator: Accelerator, copies: Sequence[str] = ()
+    config: TrainConfig, accelerator: Accelerator, copies: Sequence[str] = (), policy: Policy | None = None
 ) -> tuple[Policy, torch.optim.AdamW, dict[str, list[nn.Parameter]]]:
-    """(policy with a fresh LoRA, its optimizer, frozen copies of the LoRA by name), wrapped by accelerate."""
-    policy = Policy.load(config.model, config.dtype, accelerator.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        parameters = policy.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
+    """(policy with a fresh LoRA, its optimizer, frozen copies of the LoRA by name), wrapped by accelerate.
+
+    policy: one that is there already, with its LoRA, instead of the config's.
+    """
+    if policy is None:
+        policy = Policy.load(config.model, config.dtype, accelerator.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            policy.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
+    parameters = policy.trainable()
     frozen = {name: policy.add_frozen_copy(name) for name in copies}
     if config.gradient_checkpointing:
         policy.network.enable_gradient_checkpointing()
+    if config.compile:
+        policy.network.compile()  # in place: the module and its parameters keep their names
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,

@@ -13,11 +13,14 @@ taken per denoising step, and gradients accumulate over steps. KL, with gradient
 
 Deviations from the public code
 1. Samples are shuffled before the rollout, not after it, and a training minibatch is a rollout batch: the ratio is
-   exactly 1 before the first update, also where kernels are not batch-invariant.
+   exactly 1 before the first update, also where kernels are not batch-invariant. With `update_batch_size`, which makes
+   it a part of that batch or several steps of it, the ratio is 1 up to the rounding of those kernels.
 2. `num_train_steps` trains on a random subset of the stochastic steps, the same for the whole batch.
 3. Groups are keyed by the prompt's index in its data set, not by its text.
 4. Prompts, noise and the window depend on (seed, iteration) alone, so that resuming, and any number of processes,
    give the same rollouts.
+5. Without a KL (beta = 0), samples whose advantage is exactly 0 get no pass: what they add to the gradient is 0. The
+   loss is still the mean over all; `approx_kl`, `clip_fraction` and `ratio_max` are of the others.
 
     accelerate launch train_grpo.py --config configs/tiny/grpo_sd3_compressibility.yaml
 """
@@ -25,7 +28,8 @@ Deviations from the public code
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -63,6 +67,10 @@ class GRPOConfig(OnlineConfig):
     beta: float = field(default=0.0, metadata={"help": "KL coefficient"})
     kl_convention: str = field(default="gaussian", metadata={"help": "gaussian (true KL) or flow_grpo (without dt)"})
     ratio: str = field(default="ppo", metadata={"help": "ppo, or guard (GRPO-Guard's normalised ratio)"})
+    update_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "samples times steps in a pass of the update: part of a batch, or several steps of it"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +78,8 @@ class GRPOConfig(OnlineConfig):
         common.require_choice(self, "kl_convention", KL_CONVENTIONS)
         common.require_choice(self, "ratio", RATIOS)
         common.require_positive(self, "num_iterations", "noise_level", "num_train_steps", "window_end", "epsilon")
+        common.require_positive(self, "update_batch_size")
+        self._check_update_batch_size()
         for name in ("beta", "window_size", "window_start"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -79,6 +89,13 @@ class GRPOConfig(OnlineConfig):
                 f"a window of {self.window_size} steps from {self.window_start} on must end by window_end = "
                 f"{self.last_window_step}, and that by the last step that is trained, {self.trained_steps} of "
                 f"{self.num_steps}"
+            )
+
+    def _check_update_batch_size(self) -> None:
+        size, batch = self.update_batch_size or self.per_device_batch_size, self.per_device_batch_size
+        if size % batch and batch % size:
+            raise ValueError(
+                f"update_batch_size = {size} must divide per_device_batch_size = {batch}, or be its multiple"
             )
 
     @property
@@ -131,6 +148,46 @@ def guard_log_ratio(log_ratio_B: Tensor, mean_BCHW: Tensor, old_mean_BCHW: Tenso
 
 
 @dataclass(frozen=True)
+class Pass:
+    """What one pass of the network in the update is over: the samples [start, stop) of a batch, each at some steps."""
+
+    batch: int
+    steps: tuple[int, ...]
+    start: int
+    stop: int
+    kept: Tensor | None = None  # indices, from start on, of the samples that are run; None: all
+
+    @property
+    def share(self) -> float:
+        """Of the samples that it stands for, those that it runs."""
+        return 1.0 if self.kept is None else len(self.kept) / (self.stop - self.start)
+
+    def rows(self, values_B: Any) -> Any:
+        """Its samples of something that has one entry, or row, for each of the batch."""
+        values_b = values_B[self.start : self.stop]
+        return values_b if self.kept is None else values_b[self.kept]
+
+
+def passes(batch: int, advantage_B: Tensor, steps: Sequence[int], size: int, skip_zeros: bool) -> list[Pass]:
+    """A batch of B samples at its steps, in passes of `size` samples times steps, which B divides or is divided by.
+
+    With `skip_zeros` they run only the samples whose advantage, on the CPU, is not 0, but at least one: the number of
+    passes is the same on every process, as a pass may be a collective operation.
+    """
+    count = len(advantage_B)
+    together = max(1, size // count)
+    groups = [tuple(steps[i : i + together]) for i in range(0, len(steps), together)]
+    edges = range(0, count, min(size, count))
+    parts = [Pass(batch, group, start, start + edges.step) for group in groups for start in edges]
+    return [replace(p, kept=_nonzero(p.rows(advantage_B))) for p in parts] if skip_zeros else parts
+
+
+def _nonzero(advantage_B: Tensor) -> Tensor | None:
+    kept = advantage_B.nonzero().flatten()
+    return None if len(kept) == len(advantage_B) else kept if len(kept) else torch.tensor([0])
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One process's share of an iteration's images, as batches that training goes through again."""
 
@@ -141,6 +198,7 @@ class Rollout:
     schedule: Schedule
     train_steps: list[int]  # the denoising steps to train on
     early: EarlyScores | None = None
+    references: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # outputs that inner epochs share
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -163,6 +221,12 @@ class GRPOTrainer(OnlineTrainer):
         if len(steps) < (config.num_train_steps or 1):
             raise ValueError(
                 f"num_train_steps = {config.num_train_steps or 1}, but {len(steps)} steps are stochastic and trained"
+            )
+        together = max(1, (config.update_batch_size or 1) // config.per_device_batch_size)
+        if len(steps) % together:
+            raise ValueError(
+                f"update_batch_size = {config.update_batch_size} takes {together} steps of a batch at once, which do "
+                f"not divide the {len(steps)} that are trained"
             )
 
     def evaluation_schedule(self) -> Schedule:
@@ -205,32 +269,69 @@ class GRPOTrainer(OnlineTrainer):
         """All optimizer steps of the iteration; returns mean metrics."""
         config, accelerator = self.config, self.accelerator
         advantages = advantage_B.split(config.per_device_batch_size)
-        self.begin_updates(len(roll.batches) // config.num_updates * len(roll.train_steps))
+        size = config.update_batch_size or config.per_device_batch_size
+        cut = [passes(b, a.cpu(), roll.train_steps, size, config.beta == 0) for b, a in enumerate(advantages)]
+        self.begin_updates(len(roll.batches) // config.num_updates * len(cut[0]))
         collected: list[dict[str, Tensor]] = []
         for epoch in range(config.num_iterations):
             for b in self.batch_order(len(roll.batches), epoch):
-                for i in roll.train_steps:
+                for part in cut[b]:
                     with accelerator.accumulate(self.policy.wrapped):
-                        loss, metrics = self.loss(roll, b, i, advantages[b])
+                        loss, metrics = self.pass_loss(roll, part, advantages[b])
                         self.backward(loss, metrics)
                     collected.append(metrics)
         return self.mean_metrics(collected)
 
     def loss(self, roll: Rollout, b: int, i: int, advantage_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of batch b at denoising step i."""
-        config, batch, schedule = self.config, roll.batches[b], roll.schedule
-        x, x_next = batch.x_TBCHW[i], batch.x_TBCHW[i + 1]
-        t_B = sampling.times(schedule, i, len(x))
+        return self.pass_loss(roll, Pass(b, (i,), 0, len(advantage_B)), advantage_B)
+
+    def pass_loss(self, roll: Rollout, part: Pass, advantage_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a pass over its steps and the samples that it stands for; advantage_B: the whole batch's."""
+        states, count = roll.batches[part.batch].x_TBCHW, len(part.steps)
+        x = torch.cat([part.rows(states[i]) for i in part.steps])
+        t_B = torch.cat([sampling.times(roll.schedule, i, len(x) // count) for i in part.steps])
+        cond = Conditioning.cat([part.rows(roll.conds[part.batch])] * count)
         with self.accelerator.autocast():
-            out = self.tuned(x, t_B, roll.conds[b])
-        log_ratio_B = process.log_prob(schedule, i, x, out, x_next) - batch.logp_TB[i]
+            outs = self.tuned(x, t_B, cond).chunk(count)
+        references = self._references(roll, part, x, t_B, cond) if self.config.beta else [None] * count
+        rows = [
+            self._step_loss(roll, part, i, *outputs, part.rows(advantage_B))
+            for i, *outputs in zip(part.steps, outs, references, strict=True)
+        ]
+        return self._mean(rows, part.share)
+
+    def _references(self, roll: Rollout, part: Pass, x: Tensor, t_B: Tensor, cond: Conditioning) -> Sequence[Tensor]:
+        """The base's outputs, for each step; an inner epoch meets the same states again, and the base never moves."""
+        key = part.batch, part.steps, part.start
+        out = roll.references.get(key)
+        if out is None:
+            with torch.no_grad(), self.accelerator.autocast():
+                out = self.reference(x, t_B, cond)
+        if self.config.num_iterations > 1:
+            roll.references[key] = out
+        return out.chunk(len(part.steps))
+
+    def _step_loss(
+        self, roll: Rollout, part: Pass, i: int, out: Tensor, reference: Tensor | None, advantage_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, batch, schedule = self.config, roll.batches[part.batch], roll.schedule
+        x, x_next = part.rows(batch.x_TBCHW[i]), part.rows(batch.x_TBCHW[i + 1])
+        log_ratio_B = process.log_prob(schedule, i, x, out, x_next) - part.rows(batch.logp_TB[i])
         if config.ratio == "guard":
             mean = process.mean(schedule, i, x, out)
-            log_ratio_B = guard_log_ratio(log_ratio_B, mean, batch.mean_TBCHW[i], float(schedule.std[i]))
+            log_ratio_B = guard_log_ratio(log_ratio_B, mean, part.rows(batch.mean_TBCHW[i]), float(schedule.std[i]))
             advantage_B = advantage_B / schedule.dt[i]  # the policy loss over dt, and not the KL
         kl_B = None
-        if config.beta:
-            with torch.no_grad(), self.accelerator.autocast():
-                reference = self.reference(x, t_B, roll.conds[b])
+        if reference is not None:
             kl_B = process.kl(schedule, i, out, reference, per_time=config.kl_convention == "flow_grpo")
         return grpo_loss(log_ratio_B, advantage_B, config.epsilon, kl_B, config.beta)
+
+    def _mean(
+        self, rows: Sequence[tuple[Tensor, dict[str, Tensor]]], share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Over steps, with samples that were left out as zeros of the loss."""
+        loss = torch.stack([loss for loss, _ in rows]).mean() * share
+        columns = {name: torch.stack([metrics[name] for _, metrics in rows]) for name in rows[0][1]}
+        metrics = {n: column.max() if n in self.maxima else column.mean() for n, column in columns.items()}
+        return loss, metrics | {n: metrics[n] * share for n in ("loss", "policy_loss")}

@@ -11,12 +11,14 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from rewards import RewardMix
 from rlg import sampling
 from rlg.guidance import Predictor, with_cfg
+from rlg.policy import Policy
 from rlg.process import Schedule
 from rlg.prompts import Prompt, spread
 from rlg.sampling import SampleId, SampleNoise
@@ -47,7 +49,7 @@ class Trainer:
         self.eval_prompts = list(eval_prompts)
         self.accelerator = accelerator or common.make_accelerator(config)
         self.counts: dict[str, int] = config.derived(self.accelerator.num_processes)
-        policy, optimizer, copies = common.prepare_policy(config, self.accelerator, self.copies)
+        policy, optimizer, copies = self.prepare()
         ema = Ema(policy.trainable(), config.ema_decay, config.ema_every) if config.ema_decay else None
         self.state = TrainState(policy, optimizer, ema, copies)
         self.skips = Skips(self.accelerator, config.folder, config.max_skipped)
@@ -56,6 +58,10 @@ class Trainer:
         self.negative = policy.encode([""])
         self.tuned: Predictor = with_cfg(policy.predict, self.negative, config.guidance_scale)
         self.reference: Predictor = with_cfg(policy.reference, self.negative, config.guidance_scale)
+
+    def prepare(self) -> tuple[Policy, Optimizer, dict[str, list[nn.Parameter]]]:
+        """As `common.prepare_policy`, which a benchmark of a policy made elsewhere replaces."""
+        return common.prepare_policy(self.config, self.accelerator, self.copies)
 
     def iteration(self, log: common.Log | None = None) -> dict[str, float]:
         """One round of data and its updates; returns metrics and advances the step counter."""

@@ -21,6 +21,7 @@ from rewards import RewardMix
 from rewards.background import EarlyScores
 from rlg import process, sampling
 from rlg.backbones import Conditioning
+from rlg.encoded_prompts import EncodedPrompts
 from rlg.guidance import Predictor, with_cfg
 from rlg.process import Process
 from rlg.prompts import Prompt
@@ -95,7 +96,12 @@ def group_advantages(
     _, index_B = torch.unique(group_B, return_inverse=True)
     count_G = torch.bincount(index_B).to(reward_B.dtype)
     mean_G = torch.zeros_like(count_G).index_add_(0, index_B, reward_B) / count_G
-    centred_B = reward_B - mean_G[index_B]
+    low_G, high_G = (
+        reward_B.new_zeros(len(count_G)).scatter_reduce_(0, index_B, reward_B, kind, include_self=False)
+        for kind in ("amin", "amax")
+    )
+    # exactly 0 in a group without spread, whose mean may differ from its rewards by rounding
+    centred_B = torch.where((low_G == high_G)[index_B], 0.0, reward_B - mean_G[index_B])
     if scale == "group":
         variance_G = torch.zeros_like(count_G).index_add_(0, index_B, centred_B**2) / count_G
         centred_B = centred_B / (variance_G.sqrt()[index_B] + epsilon)
@@ -163,6 +169,7 @@ class OnlineTrainer(Trainer):
                 f"num_prompts = {config.num_prompts}, but {config.prompts} holds {len(self.prompts)} prompts"
             )
         super().__init__(config, accelerator, reward, held_out, eval_prompts)
+        self.encoded = EncodedPrompts(self.policy.encode)
 
     def rollout(self) -> Scored:
         """Sample this process's share of the iteration; what it is depends on (seed, iteration) alone."""
@@ -249,7 +256,7 @@ class OnlineTrainer(Trainer):
 
     def _conditioning(self, prompt_ids: Sequence[int]) -> Conditioning:
         unique = list(dict.fromkeys(prompt_ids))
-        encoded = self.policy.encode([self.prompts[i].text for i in unique])
+        encoded = self.encoded([self.prompts[i].text for i in unique]).to(self.policy.device)
         return encoded[torch.tensor([unique.index(i) for i in prompt_ids], device=self.policy.device)]
 
     def score(self, samples: Scored) -> tuple[Tensor | None, dict[str, float]]:

@@ -20,7 +20,10 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: Any) -> Conditioning:
-        return Conditioning({k: v[index] for k, v in self.tensors.items()})
+        """Some rows; a tensor of indices may be on another device than some of the tensors."""
+        return Conditioning(
+            {k: v[index.to(v.device) if isinstance(index, Tensor) else index] for k, v in self.tensors.items()}
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         """As `Tensor.to`, on every tensor."""
