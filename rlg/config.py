@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import re
 import types
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +31,7 @@ _FROM_RUN = {  # evaluation option: training option that it defaults to, and its
 }
 _MAX_YAML = 10**6  # bytes; PyYAML reads some 10^5 a second
 _MAX_DIGITS = 20  # of an integer in JSON: 64 bits
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)  # and strings, which may hold some
 _TOO_DEEP = "lists and mappings are nested too deeply"
 _MAX_DEPTH = 64  # of lists and mappings in each other; what prints or copies them goes down by recursion
 
@@ -100,6 +103,19 @@ def _check_depth(value: Any) -> None:
         level = [each for each in inside if isinstance(each, (list, dict))]
     if level:
         raise ValueError(_TOO_DEEP)
+
+
+def check_nesting(file: Path) -> None:
+    """Raise ValueError for JSON, or lines of it, nested beyond reason; Arrow's reader would take the process down."""
+    depth = 0
+    with file.open("rb") as opened:
+        if not file.stat().st_size:
+            return
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for match in _BRACKETS.finditer(data):
+                depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
+                if depth > _MAX_DEPTH:
+                    raise ValueError(f"{file}: {_TOO_DEEP}")
 
 
 def _finite(text: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rlg.config import parse_json
+from rlg.config import check_nesting, parse_json
 
 _TINYWORLD = "tinyworld:"
 _HUB = "hub:"
@@ -92,6 +92,8 @@ def _rows(name: str, split: str, column: str) -> Any:
     import datasets
 
     try:
+        for file in Path(name).rglob("*.json*") if Path(name).is_dir() else ():
+            check_nesting(file)
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets and the hub raise whatever they meet
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"

@@ -163,7 +163,7 @@ def best_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; none without a file. A line that was cut off, or is none of ours, is left out."""
+    """Rows of a metrics.jsonl; none where there is no file. A line that was cut off, or is no row, is left out."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     rows = []
     for line in lines:

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from rlg import adapters, model_card, push
 from rlg import evaluate as evaluation
 from tests import fake_hub
-from trainers.saving import checkpoints
 from trainers.grpo import GRPOTrainer
+from trainers.saving import checkpoints
 
 Make = Callable[..., GRPOTrainer]
 HOSTILE = "a|b `c` <img src=x onerror=alert(1)> [x](javascript:y) *z*\n# head\n```\nend"

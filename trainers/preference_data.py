@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rlg.config import check_nesting
 from rlg.sampling import SampleId
 from trainers.preference_rows import FORMATS, MAX_TRIES, Counts, Format, MapPairs, Pair, Pairs, StreamPairs
 
@@ -106,6 +107,8 @@ def _open(source: str, split: str, streaming: bool, cache_dir: str | Path | None
         name = split.partition("[")[0]  # train[:100] is a part of train
         files = _files(path, name)
         kind = _SUFFIXES[files[0].suffix]
+        for file in files if kind == "json" else ():
+            check_nesting(file)
         root = path if path.is_dir() else path.parent
         return datasets.load_dataset(kind, data_files={name: [str(f) for f in files]}, **options), root
     if source.count("/") != 1 or source.startswith(("/", ".", "~")):
