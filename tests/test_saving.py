@@ -223,6 +223,8 @@ def test_a_real_disk_that_is_full_keeps_the_last_checkpoint(mounted: Callable[..
     line = f"No space left on device.*; the last whole checkpoint is {one}, which --resume"
     with pytest.raises(OSError, match=line), saving.explaining(disk):
         save(disk, 2, numbers=60_000)
+    with pytest.raises(OSError, match=f"No space left on device: '{disk}/x'"):
+        durable.write_text(disk / "x", "x" * 300_000)
     assert [path.name for path in disk.iterdir()] == ["checkpoint-1"]
     assert saving.newest_whole(disk) == (one, [])
 
