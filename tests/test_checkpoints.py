@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     def full(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("trainers.checkpoint.save_optimizer", full)
+    monkeypatch.setattr("trainers.checkpoint.save_optimizer_state", full)
     for step in (1, 2):  # also where it would be replaced
         with pytest.raises(OSError, match="no space left"):
             saved(trainer, step)
