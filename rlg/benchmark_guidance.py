@@ -2,7 +2,11 @@
 
     python -m rlg.benchmark guidance --ckpt runs/NAME/checkpoint-N --w 3 --budget 1.25
     python -m rlg.benchmark guidance --model tiny-sd3              # a random LoRA: cost and distance, no rewards
-    python -m rlg.benchmark guidance --arch sd35-medium --dtype bfloat16 --resolution 512      # random weights
+    python -m rlg.benchmark guidance --arch sd35-medium --dtype bfloat16 --resolution 512 --compile    # random weights
+
+Exact modes are timed at each of --batch_sizes: cost, images a second, model FLOP utilisation (`rlg.flops`) and where
+images a second saturate; with --compile also under torch.compile, on a second policy. Not so one batch for both
+models: its rows are told apart by hooks, and torch.compile does not look whether those have changed.
 
 --budget chooses the mode that keeps the most within that cost, on prompts and noise of its own: what is reported of it
 comes from other prompts and another seed. Writes results.json, table.md, cost.png and cost.svg.
@@ -15,12 +19,13 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlg import measure
+from rlg import flops, measure
 from rlg import prompts as prompt_sets
 from rlg.architectures import ARCHITECTURES, random_policy
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
@@ -30,11 +35,13 @@ from rlg.guidance_cost import BASE, Bench, CostSettings, candidates, compare, pi
 from rlg.guidance_modes import BATCH, FORMS, FULL, TUNED
 from rlg.policy import DTYPES, Policy, base_of
 from rlg.process import KERNELS
+from rlg.prompts import Prompt
 from rlg.sampling import SampleId
 from rlg.style import save
 
 DEFAULT_MODES = ("reuse:2", "reuse:4", "reuse:2:linear", "reuse_at:0", "reuse_at:0,1", "scaled", "scaled_but:0")
 _CALIBRATION_SEED = 1_000_000  # added to the seed
+COMPILED = ", compiled"  # behind a mode's name
 _ORIGIN = "tinyworld:composition/test"
 _LORA_STD = 0.02  # of B, where the LoRA is random
 _SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)  # scales of the sweep that is timed
@@ -62,9 +69,8 @@ def build_parser() -> Parser:
     add("--resolution", type=int, help="side of the images in pixels (default: the model's own)")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=16, help="images a batch")
-    add(
-        "--small_batches", type=int, nargs="*", default=[1, 2, 4, 8], help="batches that exact modes are timed at, too"
-    )
+    add("--batch_sizes", type=int, nargs="*", default=[1, 2, 4, 8], help="batches that exact modes are timed at, too")
+    add("--compile", action="store_true", help="time full guidance under torch.compile, too (minutes more)")
     add("--repeats", type=int, default=7, help="rounds of those timings")
     add("--dtype", choices=sorted(DTYPES), help="default: float32")
     add("--device", help="default: cuda if there is one, else cpu")
@@ -95,7 +101,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.rewards and not args.ckpt:
         raise ValueError("--rewards needs --ckpt: a random LoRA gains nothing")
     counts = {name: getattr(args, name) for name in ("k", "batch_size", "repeats", "calibration_prompts", "lora_rank")}
-    counts["small_batches"] = min(args.small_batches, default=1)
+    counts["batch_sizes"] = min(args.batch_sizes, default=1)
     wrong = [name for name, value in counts.items() if value < 1]
     if wrong:
         raise ValueError(f"--{wrong[0]} must be at least 1")
@@ -142,15 +148,18 @@ def run(args: argparse.Namespace, reward: Any | None) -> Path:
     ids = samples_of(measured_on, args.k, args.seed)
     peaks = bench.peaks(names, ids[: args.batch_size])
     results = compare(bench.run(names, ids), ids, peaks)
+    peak = flops.matmul_peak(DTYPES[args.dtype], args.device)
+    rows = batches(bench, compiled(args, prompts, settings) if args.compile else None, exact, args, peak)
     report = {
         "command": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "machine": measure.machine(args.device),
+        "machine": measure.machine(args.device) | {"dtype": args.dtype, "matmul_peak_gflops": round(peak / 1e9, 1)},
         "n": len(ids),
         "prompts": len(measured_on),
         "reward": reward.names[0] if reward else None,
         "choice": choice,
         "results": [result.as_json() for result in results],
-        "batches": batches(bench, exact, args),
+        "batches": rows,
+        "saturates": saturates(rows),
         "sweep": sweeps(bench, args),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,14 +219,43 @@ def calibrate(bench: Bench, args: argparse.Namespace, prompt_ids: Sequence[int])
     return {"mode": best.mode, "budget": args.budget, "n": len(ids), "candidates": [r.as_json() for r in results]}
 
 
-def batches(bench: Bench, exact: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Costs of the exact modes at each of the small batches."""
+def compiled(args: argparse.Namespace, prompts: Sequence[Prompt], settings: CostSettings) -> Bench:
+    """The same model once more, its network compiled: the first passes of each batch size take minutes."""
+    bench = Bench(load(args), prompts, settings, None)
+    for network in (bench.policy.network, bench.policy.tuned):
+        if network is not None:
+            network.compile()
+    return bench
+
+
+def batches(
+    bench: Bench, fast: Bench | None, exact: Sequence[str], args: argparse.Namespace, peak: float
+) -> list[dict[str, Any]]:
+    """Cost, throughput and utilisation of the exact modes at each batch size.
+
+    fast: the compiled bench. peak: operations a second, of which utilisation is a share.
+    """
     rows = []
-    for size in args.small_batches:
+    for size in args.batch_sizes:
         ids = samples_of([0], size, args.seed)
-        contenders = {name: (lambda n=name, b=ids: bench.denoise(n, b)) for name in (TUNED, *exact)}
-        rows.append({"batch": size, **_timed(contenders, args, size)})
+        contenders = {name: partial(bench.denoise, name, ids) for name in (TUNED, *exact)}
+        operations = {name: flops.flops(run) / size for name, run in contenders.items()}
+        for name in (TUNED, FULL) if fast else ():
+            contenders[name + COMPILED] = partial(fast.denoise, name, ids)
+            operations[name + COMPILED] = operations[name]
+        timed = _timed(contenders, args, size)
+        used = {
+            name: flops.utilisation(operations[name], 1 / timed["images_per_second"][name], peak)
+            for name in contenders
+        }
+        rows.append({"batch": size, **timed, "utilisation": used})
     return rows
+
+
+def saturates(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The batch size by mode beyond which images a second hardly grow."""
+    names = rows[0]["cost"] if rows else ()
+    return {name: flops.saturates_at({row["batch"]: row["images_per_second"][name] for row in rows}) for name in names}
 
 
 def sweeps(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
@@ -238,4 +276,7 @@ def _timed(contenders: Mapping[str, Callable[[], object]], args: argparse.Namesp
         "seconds": {name: measure.median(t.wall_R).mean / images for name, t in times.items()},
         "cost": {name: asdict(measure.ratio(t.wall_R, times[TUNED].wall_R)) for name, t in times.items()},
         "cpu_cost": {name: asdict(measure.ratio(t.cpu_R, times[TUNED].cpu_R)) for name, t in times.items()},
+        "images_per_second": {
+            name: images / measure.median(flops.seconds_by_round(t, args.device)).mean for name, t in times.items()
+        },
     }

@@ -25,7 +25,8 @@ def table(report: Row) -> str:
     """Markdown: a row for each mode, then what exact modes cost at small batches, and a sweep over w."""
     command, machine = report["command"], report["machine"]
     title = f"w = {command['w']:g}, {command['sampler'].upper()}, {command['steps']} steps, CFG {command['cfg']:g}"
-    where = f"{machine['device']}, {machine['threads']} thread(s), load {machine['load']:g}, torch {machine['torch']}"
+    where = f"{machine['device']}, {machine['dtype']}, {machine['threads']} thread(s), load {machine['load']:g}, "
+    where += f"torch {machine['torch']}, {machine['matmul_peak_gflops']:g} GFLOP/s at most"
     return (
         "\n\n".join([f"{title}; n = {report['n']} images of {report['prompts']} prompts; {where}", *_tables(report)])
         + "\n"
@@ -41,11 +42,22 @@ def _tables(report: Row) -> list[str]:
     if report["batches"]:
         names = list(report["batches"][0]["cost"])
         rows = [[str(row["batch"]), *(_interval(row["cost"][name]) for name in names)] for row in report["batches"]]
-        parts.append(_markdown(["images a batch", *names], rows))
+        parts.append(_markdown(["images a batch: cost", *names], rows))
+        parts.append(_throughput(report["batches"], report["saturates"]))
     sweep = report["sweep"]
     rows = [[name, f"{sweep['seconds'][name]:.3g}", _interval(sweep["cost"][name])] for name in sweep["cost"]]
     scales = ", ".join(f"{w:g}" for w in sweep["scales"])
     return [*parts, _markdown([f"sweep over w = {scales}; {sweep['images']} images each", "s / image", "cost"], rows)]
+
+
+def _throughput(batches: Sequence[Row], saturates: Mapping[str, int]) -> str:
+    names = list(saturates)
+    rows = [
+        [str(row["batch"]), *(f"{row['images_per_second'][n]:.3g} ({row['utilisation'][n]:.0%})" for n in names)]
+        for row in batches
+    ]
+    head = ["images a batch: images / s (FLOP utilisation)", *names]
+    return _markdown(head, [*rows, ["saturates at", *(str(saturates[n]) for n in names)]])
 
 
 def _row(result: Row, choice: str | None, scored: bool) -> list[str]:
