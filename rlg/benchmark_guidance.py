@@ -8,8 +8,9 @@ Exact modes are timed at each of --batch_sizes: cost, images a second, model FLO
 images a second saturate; with --compile also under torch.compile, on a second policy. Not so one batch for both
 models: its rows are told apart by hooks, and torch.compile does not look whether those have changed.
 
---budget chooses the mode that keeps the most within that cost, on prompts and noise of its own: what is reported of it
-comes from other prompts and another seed. Writes results.json, table.md, cost.png and cost.svg.
+--budget chooses, within that cost, the mode that keeps most of the reward's gain and the one that is nearest to full
+guidance: a mode may gain as much by other images. They are chosen on prompts and noise of their own, so that what is
+reported of them comes from other prompts and another seed. Writes results.json, table.md, cost.png and cost.svg.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rlg.architectures import ARCHITECTURES, random_policy
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
 from rlg.config import run_settings
 from rlg.cost_figure import draw, table
-from rlg.guidance_cost import BASE, Bench, CostSettings, candidates, compare, pick
+from rlg.guidance_cost import BASE, Bench, CostSettings, Result, candidates, compare, pick
 from rlg.guidance_modes import BATCH, FORMS, FULL, TUNED
 from rlg.policy import DTYPES, Policy, base_of
 from rlg.process import KERNELS
@@ -56,7 +57,11 @@ def build_parser() -> Parser:
     add("--arch", choices=ARCHITECTURES, help="a published architecture with random weights, instead of a model")
     add("--w", type=float, default=2.0, help="guidance weight")
     add("--modes", nargs="+", help=f"of {', '.join(FORMS)}; {BATCH} behind those that run both models")
-    add("--budget", type=float, help="choose the mode that keeps the most at this cost, 1 being the tuned model alone")
+    add(
+        "--budget",
+        type=float,
+        help="choose the modes that keep most, and are nearest, at this cost (1: the tuned model)",
+    )
     add("--calibration_prompts", type=int, default=24, help="prompts that the mode is chosen on, not measured on")
     add("--prompts", help=f"prompt set (default: the held-out set of the run, or {_ORIGIN})")
     add("--num_prompts", type=int, help="how many of them, spread evenly (default: all)")
@@ -144,7 +149,9 @@ def run(args: argparse.Namespace, reward: Any | None) -> Path:
     bench.check(args.modes)
     exact = exact_modes(bench)
     choice = calibrate(bench, args, chosen_on) if args.budget is not None else None
-    names = list(dict.fromkeys([BASE, TUNED, FULL, *args.modes, *([choice["mode"]] if choice else [])]))
+    names = list(
+        dict.fromkeys([BASE, TUNED, FULL, *args.modes, *([choice["mode"], choice["nearest"]] if choice else [])])
+    )
     ids = samples_of(measured_on, args.k, args.seed)
     peaks = bench.peaks(names, ids[: args.batch_size])
     results = compare(bench.run(names, ids), ids, peaks)
@@ -202,21 +209,27 @@ def exact_modes(bench: Bench) -> list[str]:
 
 
 def calibrate(bench: Bench, args: argparse.Namespace, prompt_ids: Sequence[int]) -> dict[str, Any]:
-    """The mode that a budget buys, and what was known of all when it was chosen. Raises ValueError if it buys none."""
+    """The modes that a budget buys, and what was known of all when they were chosen; ValueError if it buys none."""
     ids = samples_of(prompt_ids, args.k, args.seed + _CALIBRATION_SEED)
     options = candidates(bench.schedule, args.cfg, args.w, bench.policy.tuned is not None, args.budget)
     names = list(dict.fromkeys([BASE, TUNED, FULL, *options]))
     bench.denoise(FULL, ids[: args.batch_size])  # a warm-up
     clock = "cost" if bench.policy.device.type == "cuda" else "cpu_cost"
     results = compare(bench.run(names, ids), ids, {})
-    best = pick(results, args.budget, clock)
-    gained = f", {best.kept.mean:.0%} of the gain" if best.kept else ""
+    most, nearest = pick(results, args.budget, clock)
     print(
-        f"--budget {args.budget:g}: {best.mode}, at {getattr(best, clock).mean:.2f}{gained}, by {len(ids)} images of "
-        f"{len(prompt_ids)} prompts, of {len(options)} candidates",
+        f"--budget {args.budget:g}: {f'keeps most: {_found(most, clock)}; ' if bench.reward else ''}nearest to full "
+        f"guidance: {_found(nearest, clock)}; by {len(ids)} images of {len(prompt_ids)} prompts, of {len(options)} "
+        "candidates",
         file=sys.stderr,
     )
-    return {"mode": best.mode, "budget": args.budget, "n": len(ids), "candidates": [r.as_json() for r in results]}
+    chosen = {"mode": most.mode, "nearest": nearest.mode, "budget": args.budget, "n": len(ids)}
+    return {**chosen, "candidates": [r.as_json() for r in results]}
+
+
+def _found(result: Result, clock: str) -> str:
+    gained = f", {result.kept.mean:.0%} of the gain" if result.kept else ""
+    return f"{result.mode} (cost {getattr(result, clock).mean:.2f}{gained}, distance {result.distance.mean:.2f})"
 
 
 def compiled(args: argparse.Namespace, prompts: Sequence[Prompt], settings: CostSettings) -> Bench:

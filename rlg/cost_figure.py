@@ -34,10 +34,10 @@ def table(report: Row) -> str:
 
 
 def _tables(report: Row) -> list[str]:
-    choice = (report["choice"] or {}).get("mode")
+    picks = picks_of(report)
     head = ["mode", "NFE", "s / image", "cost", "CPU cost", "peak MiB", "distance"]
     head += [report["reward"], "to full", "gain kept", "of that beyond w = 1"] if report["reward"] else []
-    rows = [_row(result, choice, bool(report["reward"])) for result in report["results"]]
+    rows = [_row(result, picks, bool(report["reward"])) for result in report["results"]]
     parts = [_markdown(head, rows)]
     if report["batches"]:
         names = list(report["batches"][0]["cost"])
@@ -60,8 +60,20 @@ def _throughput(batches: Sequence[Row], saturates: Mapping[str, int]) -> str:
     return _markdown(head, [*rows, ["saturates at", *(str(saturates[n]) for n in names)]])
 
 
-def _row(result: Row, choice: str | None, scored: bool) -> list[str]:
-    mark = " (chosen)" if result["mode"] == choice else " (exact)" if result["exact"] else ""
+def picks_of(report: Row) -> dict[str, str]:
+    """The modes that a budget chose, by what for; without rewards, and in older results, one."""
+    choice = report["choice"]
+    if choice is None:
+        return {}
+    if not report["reward"]:
+        return {"nearest": choice["mode"]}
+    nearest = {"nearest": choice["nearest"]} if "nearest" in choice else {}
+    return {"keeps most": choice["mode"], **nearest}
+
+
+def _row(result: Row, picks: Mapping[str, str], scored: bool) -> list[str]:
+    marks = [why for why, mode in picks.items() if mode == result["mode"]] or ["exact"] * result["exact"]
+    mark = f" ({', '.join(marks)})" if marks else ""
     peak = "" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f}"
     cells = [f"`{result['mode']}`{mark}", f"{result['nfe']:g}", f"{result['seconds']:.3g}"]
     cells += [_interval(result["cost"]), _interval(result["cpu_cost"]), peak, _interval(result["distance"])]
@@ -115,10 +127,10 @@ def _panel(axes: Axes, report: Row) -> None:
         axes.axhline(97, color=MUTED, linewidth=0.7, linestyle=":")
     if command["budget"]:
         axes.axvline(command["budget"], color=MUTED, linewidth=0.7, linestyle=":")
-    choice = (report["choice"] or {}).get("mode")
+    picks = set(picks_of(report).values())
     for (x, y), result in zip(points, shown, strict=True):
         low, high = (unit * result[field][end] for end in ("low", "high"))
-        colour = PALETTE[1] if result["mode"] == choice else INK if result["exact"] else PALETTE[0]
+        colour = PALETTE[1] if result["mode"] in picks else INK if result["exact"] else PALETTE[0]
         bars = [[max(0.0, y - low)], [max(0.0, high - y)]]
         axes.errorbar([x], [y], yerr=bars, fmt="o", color=colour, elinewidth=0.9, markersize=4.5)
         axes.annotate(result["mode"], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, color=colour)

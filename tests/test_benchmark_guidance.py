@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rewards import RewardMix
-from rlg import benchmark, benchmark_guidance, guidance_cost
-from rlg.cost_figure import front
+from rlg import benchmark, benchmark_guidance, cost_figure, guidance_cost
+from rlg.cost_figure import front, picks_of
 from rlg.guidance_cost import Bench, CostSettings, Result, candidates, distance, pick, share
 from rlg.policy import Policy
 from rlg.prompts import Prompt
@@ -53,17 +53,33 @@ def result(mode: str, cost: float, kept: float | None, far: float) -> Result:
     return Result(mode, False, 1, 1, of(cost), of(2 * cost), None, of(far), **own)
 
 
-def test_a_budget_picks_what_keeps_most_and_then_what_is_nearest() -> None:
+def test_a_budget_picks_what_keeps_most_and_what_is_nearest() -> None:
     results = [result("base", 0.9, 0.0, 2), result("full", 1.0, 1.0, 0), result("reuse:2", 1.5, 1.0, 0.1)]
     results += [result("reuse:5", 1.2, 0.9, 0.2), result("scaled", 1.0, 1.3, 0.9), result("reuse:8", 1.1, 1.1, 0.3)]
-    assert pick(results, 1.25, "cost").mode == "reuse:8"  # more than all of the gain is no merit
-    assert pick(results, 1.05, "cost").mode == "scaled"
-    assert pick(results, 1.6, "cost").mode == "reuse:2"
-    assert pick(results, 2.5, "cpu_cost").mode == "reuse:8"
+
+    def picked(rows: list[Result], budget: float, clock: str = "cost") -> tuple[str, str]:
+        most, nearest = pick(rows, budget, clock)
+        return most.mode, nearest.mode
+
+    assert picked(results, 1.25) == ("reuse:8", "reuse:5")  # more than all of the gain is no merit
+    assert picked(results, 1.05) == ("scaled", "scaled")
+    assert picked(results, 1.6) == ("reuse:2", "reuse:2")
+    assert picked(results, 2.5, "cpu_cost") == ("reuse:8", "reuse:5")
     without = [result(r.mode, r.cost.mean, None, r.distance.mean) for r in results]
-    assert pick(without, 1.25, "cost").mode == "reuse:5"
+    assert picked(without, 1.25) == ("reuse:5", "reuse:5")
     with pytest.raises(ValueError, match=r"at most 0\.5 times"):
         pick(results, 0.5, "cost")
+
+
+def test_the_table_marks_both_picks_and_older_results_have_one() -> None:
+    both = {"mode": "scaled", "nearest": "reuse:5"}
+    picks = picks_of({"choice": both, "reward": "composition"})
+    assert list(picks.values()) == ["scaled", "reuse:5"] and picks_of({"choice": None, "reward": None}) == {}
+    assert picks_of({"choice": {"mode": "scaled"}, "reward": "composition"}) == {"keeps most": "scaled"}
+    assert picks_of({"choice": {"mode": "scaled"}, "reward": None}) == {"nearest": "scaled"}
+    names = ("scaled", "reuse:5", "reuse:8")
+    first = [cost_figure._row(result(name, 1, None, 0.1).as_json(), picks, False)[0] for name in names]
+    assert first == ["`scaled` (keeps most)", "`reuse:5` (nearest)", "`reuse:8`"]
 
 
 def test_candidates_fit(tiny_policy: Callable[..., Policy]) -> None:
@@ -127,16 +143,17 @@ def test_the_command_writes_what_it_measured(
     report = json.loads((tmp_path / "o" / "results.json").read_text())
     modes = [row["mode"] for row in report["results"]]
     assert {"base", "tuned", "full", "reuse:2", report["choice"]["mode"]} == set(modes)
+    assert report["choice"]["nearest"] == report["choice"]["mode"]  # without a reward
     assert report["n"] == report["prompts"] == 2 and report["choice"]["n"] == 2  # other prompts than it was chosen on
     parts = {"batch", "seconds", "cost", "cpu_cost", "images_per_second", "utilisation"}
     assert report["batches"][0].keys() == parts and set(report["saturates"]) == {"tuned", "full", "full+batch"}
     text = (tmp_path / "o" / "table.md").read_text()
     assert (
-        f"`{report['choice']['mode']}` (chosen)" in text and "first step shared" in text and "`full` (exact)" in text
+        f"`{report['choice']['mode']}` (nearest)" in text and "first step shared" in text and "`full` (exact)" in text
     )
     assert (tmp_path / "o" / "cost.png").stat().st_size > 10_000
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == str(tmp_path / "o") and "--budget 1.5: " in err
+    assert out.splitlines()[-1] == str(tmp_path / "o") and "--budget 1.5: nearest to full guidance: " in err
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(argv)  # nothing is overwritten
     assert "holds results; give --overwrite" in capsys.readouterr().err
