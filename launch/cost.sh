@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 3 ] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 out=runs/benchmarks/cost
-modes=(full+batch reuse:2 reuse:4 reuse_at:0 reuse_at:0,2 scaled)
+modes=(full+batch reuse:2 reuse:4 reuse_at:0 reuse_at:0,2 reuse_at:0,2:linear scaled scaled_but:0,2:carry)
 
 measure() {
     python -m rlg.benchmark guidance --output "$out/$1" --ckpt "$2" --w "$3" --budget 1.25 --calibration_prompts 16 \
@@ -15,5 +15,5 @@ measure() {
 
 measure compressibility "$1" 2 --k 4 "${@:4}"
 measure composition "$2" 3 --k 16 "${@:4}"
-measure text "$3" 4 --k 4 --modes full+batch reuse:2 reuse_at:0 reuse_at:1 scaled "${@:4}"  # four steps
+measure text "$3" 4 --k 4 --modes full+batch reuse:2 reuse_at:0 reuse_at:1 scaled scaled_but:0:carry "${@:4}"  # four steps
 python -m rlg.cost_figure "$out"/{compressibility,composition,text}/results.json --output docs/cost

@@ -204,7 +204,7 @@ def analyse(
                 ess=oracle.ess(beta / w) if w else float(oracle.reward_PN.shape[1]),
                 miss=oracle.estimate(rewards[w] - at(w, beta), gap),
                 matched=oracle.estimate(rewards[w] - at(w, matched), gap),
-                effective_w=matched / own if own else math.inf if matched else math.nan,
+                effective_w=_ratio(matched, own),
             )
         )
     others = []
@@ -237,6 +237,13 @@ def analyse(
     return Result(
         points, others, slopes, steps, frontier, matched, oracle.estimate(oracle.base()), len(oracle.reward_PN)
     )
+
+
+def _ratio(matched: float, own: float) -> float:
+    """The beta of the tuned model over that of a guided one; nan where the first is out of the samples' reach."""
+    if not matched:
+        return math.nan
+    return matched / own if own else math.inf
 
 
 def draw_rows(
@@ -275,13 +282,16 @@ def markdown(experiment: Experiment, result: Result) -> str:
     """The numbers as tables."""
 
     def cell(estimate: Estimate | None, form: str = ".3f") -> str:
-        if estimate is None:
+        if estimate is None or not math.isfinite(estimate.mean):
             return ""
         return f"{estimate.mean:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
+    matched = f"the oracle scores what it does at beta = {result.matched_beta:.3g}"
+    if not result.matched_beta:
+        matched = "no beta of the oracle scores what it does, as the base's samples do not reach that far"
     lines = [
-        f"{experiment.reward} on {experiment.base}: {experiment.ckpt}, trained at beta = {experiment.beta:g}; the "
-        f"oracle scores what it does at beta = {result.matched_beta:.3g}. {result.prompts} prompts, {experiment.k} "
+        f"{experiment.reward} on {experiment.base}: {experiment.ckpt}, trained at beta = {experiment.beta:g}; "
+        f"{matched}. {result.prompts} prompts, {experiment.k} "
         f"images at each w, {experiment.samples} of the base; {experiment.sampler}, {experiment.steps} steps.",
         "",
         "| w | reward | oracle at beta / w | miss, % of the gap | miss, matched beta | effective w | path KL | KL of "
@@ -289,9 +299,10 @@ def markdown(experiment: Experiment, result: Result) -> str:
         "|" + "---|" * 9,
     ]
     for point in result.points:
+        acts_like = f"{point.effective_w:.2f}" if result.matched_beta else ""
         lines.append(
             f"| {point.w:g} | {cell(point.reward)} | {cell(point.oracle)} | {cell(point.miss, '+.0%')} | "
-            f"{cell(point.matched, '+.0%')} | {point.effective_w:.2f} | {cell(point.path_kl, '.2f')} | "
+            f"{cell(point.matched, '+.0%')} | {acts_like} | {cell(point.path_kl, '.2f')} | "
             f"{cell(point.oracle_kl, '.2f')} | {point.ess:.0f} |"
         )
     lines += ["", "| oracle's slope at beta | dE / dKL | ESS |", "|---|---|---|"]

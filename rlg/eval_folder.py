@@ -107,7 +107,7 @@ def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
     if run_lock.content(folder) and not file.is_file():
         raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
     if overwrite and file.is_file():
-        for old in [*folder.glob("scores*.jsonl"), *folder.glob(f"{IMAGES}/*.png")]:
+        for old in [*folder.glob("scores*.jsonl"), *folder.glob(PLAN), *folder.glob(f"{IMAGES}/*.png")]:
             old.unlink()  # meta.json stays until it is replaced, as without it this is no evaluation's folder
     elif file.is_file():
         before = _DEFAULTS | read_json(file)

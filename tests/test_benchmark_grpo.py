@@ -24,7 +24,7 @@ from tests.test_grpo import ADVANTAGE, Make, applied_gradients, move, spy
 from trainers import benchmark
 from trainers.benchmark import PHASES, MeasuredTrainer, samples_of
 from trainers.benchmark_reference import PlainGRPO
-from trainers.grpo import GRPOConfig, GRPOTrainer
+from trainers.grpo import GRPOConfig, GRPOTrainer, Pass
 
 TOLERANCE = 2e-4  # of a gradient's norm: sums in another order
 
@@ -124,7 +124,7 @@ def test_samples_without_an_advantage_get_no_pass_and_change_nothing(size: int, 
         metrics = trainer.update(roll, advantage)
     assert rows == {2: [2, 1, 2, 1], 4: [2, 2], 8: [4]}[size]
     whole = tiny_trainer("sd3", max_grad_norm=1e9)
-    terms = [whole.loss(roll, 0, i, advantage) for i in roll.train_steps]
+    terms = [whole.pass_loss(roll, Pass(0, (i,), 0, len(advantage)), advantage) for i in roll.train_steps]
     loss = sum(term for term, _ in terms) / len(terms)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, whole.policy.trainable())])
     assert far(found[0], expected) < TOLERANCE

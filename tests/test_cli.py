@@ -249,8 +249,8 @@ def test_train_files(refused: Command, training: Callable[..., Callable[[], None
     assert refused(training("--prompts", empty)) == f"{empty} holds no prompts"
     for content, message in {
         "lora_rnk: 4": "lora_rnk",
-        "lora_rank: [4": "the config is not valid YAML",
-        "- lora_rank": "must contain a YAML mapping",
+        "lora_rank: [4": "grpo.yaml is not valid YAML",
+        "- lora_rank": "must be a mapping of options to values",
         "lora_rank: four": "invalid int value: 'four'",
     }.items():
         config.write_text(content)

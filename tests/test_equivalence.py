@@ -100,7 +100,10 @@ def test_guidance_against_models_trained_at_beta_over_w() -> None:
 
 def test_a_model_beyond_the_samples_of_the_base_has_no_matched_beta() -> None:
     found = result(gap=20 * STD)
-    assert found.matched_beta == 0 and all(np.isnan(point.matched.mean) for point in found.points)
+    assert found.matched_beta == 0
+    assert all(np.isnan(point.matched.mean) and np.isnan(point.effective_w) for point in found.points)
+    text = equivalence.markdown(Experiment(base="", reward="fit", ckpt="", beta=BETA), found)
+    assert "nan" not in text and "no beta of the oracle scores what it does" in text
     assert all(np.isfinite(point.miss.mean) for point in found.points)
 
 

@@ -25,6 +25,13 @@ Make = Callable[..., GRPOTrainer]
 ADVANTAGE = torch.tensor([1.0, -1.0, 0.5, -0.5])  # of an iteration's 4 images
 
 
+def loss_of(
+    trainer: GRPOTrainer, roll: Rollout, b: int, i: int, advantage_B: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of batch b at denoising step i."""
+    return trainer.pass_loss(roll, Pass(b, (i,), 0, len(advantage_B)), advantage_B)
+
+
 def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_written(
     tiny_trainer: Make, tmp_path: Path
 ) -> None:
@@ -40,7 +47,7 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_anything_is_writt
 def losses(trainer: GRPOTrainer, roll: Rollout) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Loss and metrics of every batch at every trained step."""
     parts = ADVANTAGE.split(trainer.config.per_device_batch_size)
-    return [trainer.loss(roll, b, i, parts[b]) for b in range(len(roll.batches)) for i in roll.train_steps]
+    return [loss_of(trainer, roll, b, i, parts[b]) for b in range(len(roll.batches)) for i in roll.train_steps]
 
 
 def move(trainer: GRPOTrainer, scale: float = 0.02, along: Tensor | None = None) -> None:
@@ -76,15 +83,15 @@ def test_kl_pulls_towards_the_base(family: str, tiny_trainer: Make) -> None:
     move(trainer)
     roll = trainer.rollout()
     i = roll.train_steps[0]
-    loss, metrics = trainer.loss(roll, 0, i, ADVANTAGE)
+    loss, metrics = loss_of(trainer, roll, 0, i, ADVANTAGE)
     pull = gradient(trainer, loss)
     trainer.config.beta = 0.0
-    pull -= gradient(trainer, trainer.loss(roll, 0, i, ADVANTAGE)[0])
+    pull -= gradient(trainer, loss_of(trainer, roll, 0, i, ADVANTAGE)[0])
     assert metrics["kl"] > 0 and pull.norm() > 0
     trainer.config.beta = 0.5
     penalty = 0.5 * float(metrics["kl"])
     move(trainer, along=-0.1 * penalty / pull.square().sum() * pull)  # first order: a tenth less
-    assert float(trainer.loss(roll, 0, i, ADVANTAGE)[1]["kl"]) == pytest.approx(0.9 * penalty / 0.5, rel=0.03)
+    assert float(loss_of(trainer, roll, 0, i, ADVANTAGE)[1]["kl"]) == pytest.approx(0.9 * penalty / 0.5, rel=0.03)
 
 
 def test_conventions_of_the_kl_differ_by_the_length_of_the_step(family: str, tiny_trainer: Make) -> None:
@@ -92,9 +99,9 @@ def test_conventions_of_the_kl_differ_by_the_length_of_the_step(family: str, tin
     move(trainer)
     roll = trainer.rollout()
     for i in roll.train_steps:
-        true = trainer.loss(roll, 0, i, ADVANTAGE)[1]["kl"]
+        true = loss_of(trainer, roll, 0, i, ADVANTAGE)[1]["kl"]
         trainer.config.kl_convention = "flow_grpo"
-        published = trainer.loss(roll, 0, i, ADVANTAGE)[1]["kl"]
+        published = loss_of(trainer, roll, 0, i, ADVANTAGE)[1]["kl"]
         trainer.config.kl_convention = "gaussian"
         dt = float(roll.schedule.sigma[i] - roll.schedule.sigma[i + 1])
         expected = dt if family == "sd3" else 1.0  # DDIM's steps have no length
@@ -117,7 +124,7 @@ def test_kl_is_that_of_the_kernels_that_were_sampled(tiny_trainer: Make) -> None
             process.log_prob(roll.schedule, i, x, ours, x_next) - process.log_prob(roll.schedule, i, x, theirs, x_next)
         )
     measured = dimensions * torch.stack(samples)
-    stated = dimensions * float(trainer.loss(roll, 0, i, ADVANTAGE)[1]["kl"])
+    stated = dimensions * float(loss_of(trainer, roll, 0, i, ADVANTAGE)[1]["kl"])
     assert stated > 0
     assert abs(float(measured.mean()) - stated) < 4 * float(measured.std()) / math.sqrt(measured.numel())
 
@@ -132,11 +139,11 @@ def test_guard_divides_the_policy_loss_by_dt_and_not_the_kl(tiny_trainer: Make) 
     shift = process.mean(roll.schedule, i, x, out) - roll.batches[0].mean_TBCHW[i]
     noise = (roll.batches[0].x_TBCHW[i + 1] - roll.batches[0].mean_TBCHW[i]) / std
     ratio = (noise * shift).mean(dim=(1, 2, 3)).exp()  # see guard_log_ratio's test, times std
-    loss, metrics = trainer.loss(roll, 0, i, ADVANTAGE)
+    loss, metrics = loss_of(trainer, roll, 0, i, ADVANTAGE)
     assert float(metrics["policy_loss"]) == pytest.approx(float(-(ADVANTAGE * ratio).mean()) / dt, rel=1e-3)
     assert float(loss) == pytest.approx(float(metrics["policy_loss"] + 2.0 * metrics["kl"]), rel=1e-5)
     trainer.config.ratio = "ppo"
-    assert float(trainer.loss(roll, 0, i, ADVANTAGE)[1]["kl"]) == float(metrics["kl"]) > 0
+    assert float(loss_of(trainer, roll, 0, i, ADVANTAGE)[1]["kl"]) == float(metrics["kl"]) > 0
 
 
 def test_guard_trains_every_family(family: str, tiny_trainer: Make) -> None:
@@ -329,7 +336,13 @@ def test_every_process_evaluates_as_many_batches(processes: int, tiny_trainer: M
     trainer = tiny_trainer("sd3", eval_steps=1, eval_prompts="-", per_device_batch_size=1)
     whole, columns, made, inner = trainer.evaluate(), [], [], trainer._evaluate_batch
     for rank in range(processes):
-        fake = SimpleNamespace(process_index=rank, num_processes=processes, device="cpu", autocast=nullcontext)
+        fake = SimpleNamespace(
+            process_index=rank,
+            num_processes=processes,
+            is_main_process=rank == 0,
+            device="cpu",
+            autocast=nullcontext,
+        )
         fake.gather = lambda column: columns.append(column) or column
         trainer.accelerator = fake
         trainer._evaluate_batch = spy(inner, lambda *_, rank=rank: made.append(rank))

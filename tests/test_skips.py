@@ -45,7 +45,7 @@ def broken_gradient(loss: Tensor, weights: list[Tensor]) -> Tensor:
 def test_a_skipped_update_changes_nothing_and_the_next_one_does(breaks: Any, tiny_online: Make) -> None:
     trainer = tiny_online("grpo", num_updates=2, per_device_batch_size=2, ema_decay=0.9, ema_every=1)
     trainer.iteration()
-    losses, before, loss = [], everything(trainer), trainer.loss
+    losses, before, loss = [], everything(trainer), trainer.pass_loss
 
     def breaking(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
         value, metrics = loss(*arguments)
@@ -57,7 +57,7 @@ def test_a_skipped_update_changes_nothing_and_the_next_one_does(breaks: Any, tin
             assert same(before, everything(trainer)) and trainer.skips.in_a_row == 1
         return value, metrics
 
-    trainer.loss = breaking
+    trainer.pass_loss = breaking
     row = trainer.iteration()
     assert len(losses) == 4 and not same(before, everything(trainer))
     assert trainer.state.ema.steps == 3  # of four updates

@@ -282,10 +282,6 @@ class GRPOTrainer(OnlineTrainer):
                     collected.append(metrics)
         return self.mean_metrics(collected)
 
-    def loss(self, roll: Rollout, b: int, i: int, advantage_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of batch b at denoising step i."""
-        return self.pass_loss(roll, Pass(b, (i,), 0, len(advantage_B)), advantage_B)
-
     def pass_loss(self, roll: Rollout, part: Pass, advantage_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of a pass over its steps and the samples that it stands for; advantage_B: the whole batch's."""
         states, count = roll.batches[part.batch].x_TBCHW, len(part.steps)
