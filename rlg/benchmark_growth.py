@@ -35,7 +35,7 @@ from rlg.architectures import ARCHITECTURES, random_policy
 from rlg.cli import Parser, fail_cleanly
 from rlg.eval_folder import merge
 from rlg.evaluator import RLG, EvalSettings, Evaluator, evaluate
-from rlg.flops import device_seconds
+from rlg.flops import seconds_by_round
 from rlg.policy import DTYPES, Policy
 
 LINEAR = 0.05  # costs that leave the line by no more than this share are linear
@@ -141,10 +141,7 @@ class Bench:
         """Cost and memory of runs of some sizes."""
         args = self.args
         times = measure.interleaved({str(size): partial(run, size) for size in sizes}, args.repeats, args.device)
-        seconds = [
-            measure.median([device_seconds(t, args.device) for t in zip(row.wall_R, row.cpu_R, strict=True)]).mean
-            for row in times.values()
-        ]
+        seconds = [measure.median(seconds_by_round(row, args.device)).mean for row in times.values()]
         ends = (partial(run, min(sizes)), partial(run, max(sizes)))
         resident = tuple(measure.peak_memory(end, args.device) for end in ends)
         working = tuple(peak_allocated(end, args.device) for end in ends)

@@ -2,10 +2,15 @@
 
     python -m rlg.benchmark guidance --ckpt runs/NAME/checkpoint-N --w 3 --budget 1.25
     python -m rlg.benchmark guidance --model tiny-sd3              # a random LoRA: cost and distance, no rewards
-    python -m rlg.benchmark guidance --arch sd35-medium --dtype bfloat16 --resolution 512      # random weights
+    python -m rlg.benchmark guidance --arch sd35-medium --dtype bfloat16 --resolution 512 --compile    # random weights
 
---budget chooses the mode that keeps the most within that cost, on prompts and noise of its own: what is reported of it
-comes from other prompts and another seed. Writes results.json, table.md, cost.png and cost.svg.
+Exact modes are timed at each of --batch_sizes: cost, images a second, model FLOP utilisation (`rlg.flops`) and where
+images a second saturate; with --compile also under torch.compile, on a second policy. Not so one batch for both
+models: its rows are told apart by hooks, and torch.compile does not look whether those have changed.
+
+--budget chooses, within that cost, the mode that keeps most of the reward's gain and the one that is nearest to full
+guidance: a mode may gain as much by other images. They are chosen on prompts and noise of their own, so that what is
+reported of them comes from other prompts and another seed. Writes results.json, table.md, cost.png and cost.svg.
 """
 
 from __future__ import annotations
@@ -15,26 +20,29 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlg import measure
+from rlg import flops, measure
 from rlg import prompts as prompt_sets
 from rlg.architectures import ARCHITECTURES, random_policy
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
 from rlg.config import run_settings
 from rlg.cost_figure import draw, table
-from rlg.guidance_cost import BASE, Bench, CostSettings, candidates, compare, pick
+from rlg.guidance_cost import BASE, Bench, CostSettings, Result, candidates, compare, pick
 from rlg.guidance_modes import BATCH, FORMS, FULL, TUNED
 from rlg.policy import DTYPES, Policy, base_of
 from rlg.process import KERNELS
+from rlg.prompts import Prompt
 from rlg.sampling import SampleId
 from rlg.style import save
 
 DEFAULT_MODES = ("reuse:2", "reuse:4", "reuse:2:linear", "reuse_at:0", "reuse_at:0,1", "scaled", "scaled_but:0")
 _CALIBRATION_SEED = 1_000_000  # added to the seed
+COMPILED = ", compiled"  # behind a mode's name
 _ORIGIN = "tinyworld:composition/test"
 _LORA_STD = 0.02  # of B, where the LoRA is random
 _SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)  # scales of the sweep that is timed
@@ -49,7 +57,11 @@ def build_parser() -> Parser:
     add("--arch", choices=ARCHITECTURES, help="a published architecture with random weights, instead of a model")
     add("--w", type=float, default=2.0, help="guidance weight")
     add("--modes", nargs="+", help=f"of {', '.join(FORMS)}; {BATCH} behind those that run both models")
-    add("--budget", type=float, help="choose the mode that keeps the most at this cost, 1 being the tuned model alone")
+    add(
+        "--budget",
+        type=float,
+        help="choose the modes that keep most, and are nearest, at this cost (1: the tuned model)",
+    )
     add("--calibration_prompts", type=int, default=24, help="prompts that the mode is chosen on, not measured on")
     add("--prompts", help=f"prompt set (default: the held-out set of the run, or {_ORIGIN})")
     add("--num_prompts", type=int, help="how many of them, spread evenly (default: all)")
@@ -62,9 +74,8 @@ def build_parser() -> Parser:
     add("--resolution", type=int, help="side of the images in pixels (default: the model's own)")
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=16, help="images a batch")
-    add(
-        "--small_batches", type=int, nargs="*", default=[1, 2, 4, 8], help="batches that exact modes are timed at, too"
-    )
+    add("--batch_sizes", type=int, nargs="*", default=[1, 2, 4, 8], help="batches that exact modes are timed at, too")
+    add("--compile", action="store_true", help="time full guidance under torch.compile, too (minutes more)")
     add("--repeats", type=int, default=7, help="rounds of those timings")
     add("--dtype", choices=sorted(DTYPES), help="default: float32")
     add("--device", help="default: cuda if there is one, else cpu")
@@ -95,7 +106,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.rewards and not args.ckpt:
         raise ValueError("--rewards needs --ckpt: a random LoRA gains nothing")
     counts = {name: getattr(args, name) for name in ("k", "batch_size", "repeats", "calibration_prompts", "lora_rank")}
-    counts["small_batches"] = min(args.small_batches, default=1)
+    counts["batch_sizes"] = min(args.batch_sizes, default=1)
     wrong = [name for name, value in counts.items() if value < 1]
     if wrong:
         raise ValueError(f"--{wrong[0]} must be at least 1")
@@ -138,19 +149,24 @@ def run(args: argparse.Namespace, reward: Any | None) -> Path:
     bench.check(args.modes)
     exact = exact_modes(bench)
     choice = calibrate(bench, args, chosen_on) if args.budget is not None else None
-    names = list(dict.fromkeys([BASE, TUNED, FULL, *args.modes, *([choice["mode"]] if choice else [])]))
+    names = list(
+        dict.fromkeys([BASE, TUNED, FULL, *args.modes, *([choice["mode"], choice["nearest"]] if choice else [])])
+    )
     ids = samples_of(measured_on, args.k, args.seed)
     peaks = bench.peaks(names, ids[: args.batch_size])
     results = compare(bench.run(names, ids), ids, peaks)
+    peak = flops.matmul_peak(DTYPES[args.dtype], args.device)
+    rows = batches(bench, compiled(args, prompts, settings) if args.compile else None, exact, args, peak)
     report = {
         "command": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "machine": measure.machine(args.device),
+        "machine": measure.machine(args.device) | {"dtype": args.dtype, "matmul_peak_gflops": round(peak / 1e9, 1)},
         "n": len(ids),
         "prompts": len(measured_on),
         "reward": reward.names[0] if reward else None,
         "choice": choice,
         "results": [result.as_json() for result in results],
-        "batches": batches(bench, exact, args),
+        "batches": rows,
+        "saturates": saturates(rows),
         "sweep": sweeps(bench, args),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,31 +209,66 @@ def exact_modes(bench: Bench) -> list[str]:
 
 
 def calibrate(bench: Bench, args: argparse.Namespace, prompt_ids: Sequence[int]) -> dict[str, Any]:
-    """The mode that a budget buys, and what was known of all when it was chosen. Raises ValueError if it buys none."""
+    """The modes that a budget buys, and what was known of all when they were chosen; ValueError if it buys none."""
     ids = samples_of(prompt_ids, args.k, args.seed + _CALIBRATION_SEED)
     options = candidates(bench.schedule, args.cfg, args.w, bench.policy.tuned is not None, args.budget)
     names = list(dict.fromkeys([BASE, TUNED, FULL, *options]))
     bench.denoise(FULL, ids[: args.batch_size])  # a warm-up
     clock = "cost" if bench.policy.device.type == "cuda" else "cpu_cost"
     results = compare(bench.run(names, ids), ids, {})
-    best = pick(results, args.budget, clock)
-    gained = f", {best.kept.mean:.0%} of the gain" if best.kept else ""
+    most, nearest = pick(results, args.budget, clock)
     print(
-        f"--budget {args.budget:g}: {best.mode}, at {getattr(best, clock).mean:.2f}{gained}, by {len(ids)} images of "
-        f"{len(prompt_ids)} prompts, of {len(options)} candidates",
+        f"--budget {args.budget:g}: {f'keeps most: {_found(most, clock)}; ' if bench.reward else ''}nearest to full "
+        f"guidance: {_found(nearest, clock)}; by {len(ids)} images of {len(prompt_ids)} prompts, of {len(options)} "
+        "candidates",
         file=sys.stderr,
     )
-    return {"mode": best.mode, "budget": args.budget, "n": len(ids), "candidates": [r.as_json() for r in results]}
+    chosen = {"mode": most.mode, "nearest": nearest.mode, "budget": args.budget, "n": len(ids)}
+    return {**chosen, "candidates": [r.as_json() for r in results]}
 
 
-def batches(bench: Bench, exact: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Costs of the exact modes at each of the small batches."""
+def _found(result: Result, clock: str) -> str:
+    gained = f", {result.kept.mean:.0%} of the gain" if result.kept else ""
+    return f"{result.mode} (cost {getattr(result, clock).mean:.2f}{gained}, distance {result.distance.mean:.2f})"
+
+
+def compiled(args: argparse.Namespace, prompts: Sequence[Prompt], settings: CostSettings) -> Bench:
+    """The same model once more, its network compiled: the first passes of each batch size take minutes."""
+    bench = Bench(load(args), prompts, settings, None)
+    for network in (bench.policy.network, bench.policy.tuned):
+        if network is not None:
+            network.compile()
+    return bench
+
+
+def batches(
+    bench: Bench, fast: Bench | None, exact: Sequence[str], args: argparse.Namespace, peak: float
+) -> list[dict[str, Any]]:
+    """Cost, throughput and utilisation of the exact modes at each batch size.
+
+    fast: the compiled bench. peak: operations a second, of which utilisation is a share.
+    """
     rows = []
-    for size in args.small_batches:
+    for size in args.batch_sizes:
         ids = samples_of([0], size, args.seed)
-        contenders = {name: (lambda n=name, b=ids: bench.denoise(n, b)) for name in (TUNED, *exact)}
-        rows.append({"batch": size, **_timed(contenders, args, size)})
+        contenders = {name: partial(bench.denoise, name, ids) for name in (TUNED, *exact)}
+        operations = {name: flops.flops(run) / size for name, run in contenders.items()}
+        for name in (TUNED, FULL) if fast else ():
+            contenders[name + COMPILED] = partial(fast.denoise, name, ids)
+            operations[name + COMPILED] = operations[name]
+        timed = _timed(contenders, args, size)
+        used = {
+            name: flops.utilisation(operations[name], 1 / timed["images_per_second"][name], peak)
+            for name in contenders
+        }
+        rows.append({"batch": size, **timed, "utilisation": used})
     return rows
+
+
+def saturates(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The batch size by mode beyond which images a second hardly grow."""
+    names = rows[0]["cost"] if rows else ()
+    return {name: flops.saturates_at({row["batch"]: row["images_per_second"][name] for row in rows}) for name in names}
 
 
 def sweeps(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
@@ -238,4 +289,7 @@ def _timed(contenders: Mapping[str, Callable[[], object]], args: argparse.Namesp
         "seconds": {name: measure.median(t.wall_R).mean / images for name, t in times.items()},
         "cost": {name: asdict(measure.ratio(t.wall_R, times[TUNED].wall_R)) for name, t in times.items()},
         "cpu_cost": {name: asdict(measure.ratio(t.cpu_R, times[TUNED].cpu_R)) for name, t in times.items()},
+        "images_per_second": {
+            name: images / measure.median(flops.seconds_by_round(t, args.device)).mean for name, t in times.items()
+        },
     }

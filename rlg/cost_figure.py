@@ -25,7 +25,8 @@ def table(report: Row) -> str:
     """Markdown: a row for each mode, then what exact modes cost at small batches, and a sweep over w."""
     command, machine = report["command"], report["machine"]
     title = f"w = {command['w']:g}, {command['sampler'].upper()}, {command['steps']} steps, CFG {command['cfg']:g}"
-    where = f"{machine['device']}, {machine['threads']} thread(s), load {machine['load']:g}, torch {machine['torch']}"
+    where = f"{machine['device']}, {machine['dtype']}, {machine['threads']} thread(s), load {machine['load']:g}, "
+    where += f"torch {machine['torch']}, {machine['matmul_peak_gflops']:g} GFLOP/s at most"
     return (
         "\n\n".join([f"{title}; n = {report['n']} images of {report['prompts']} prompts; {where}", *_tables(report)])
         + "\n"
@@ -33,23 +34,46 @@ def table(report: Row) -> str:
 
 
 def _tables(report: Row) -> list[str]:
-    choice = (report["choice"] or {}).get("mode")
+    picks = picks_of(report)
     head = ["mode", "NFE", "s / image", "cost", "CPU cost", "peak MiB", "distance"]
     head += [report["reward"], "to full", "gain kept", "of that beyond w = 1"] if report["reward"] else []
-    rows = [_row(result, choice, bool(report["reward"])) for result in report["results"]]
+    rows = [_row(result, picks, bool(report["reward"])) for result in report["results"]]
     parts = [_markdown(head, rows)]
     if report["batches"]:
         names = list(report["batches"][0]["cost"])
         rows = [[str(row["batch"]), *(_interval(row["cost"][name]) for name in names)] for row in report["batches"]]
-        parts.append(_markdown(["images a batch", *names], rows))
+        parts.append(_markdown(["images a batch: cost", *names], rows))
+        parts.append(_throughput(report["batches"], report["saturates"]))
     sweep = report["sweep"]
     rows = [[name, f"{sweep['seconds'][name]:.3g}", _interval(sweep["cost"][name])] for name in sweep["cost"]]
     scales = ", ".join(f"{w:g}" for w in sweep["scales"])
     return [*parts, _markdown([f"sweep over w = {scales}; {sweep['images']} images each", "s / image", "cost"], rows)]
 
 
-def _row(result: Row, choice: str | None, scored: bool) -> list[str]:
-    mark = " (chosen)" if result["mode"] == choice else " (exact)" if result["exact"] else ""
+def _throughput(batches: Sequence[Row], saturates: Mapping[str, int]) -> str:
+    names = list(saturates)
+    rows = [
+        [str(row["batch"]), *(f"{row['images_per_second'][n]:.3g} ({row['utilisation'][n]:.0%})" for n in names)]
+        for row in batches
+    ]
+    head = ["images a batch: images / s (FLOP utilisation)", *names]
+    return _markdown(head, [*rows, ["saturates at", *(str(saturates[n]) for n in names)]])
+
+
+def picks_of(report: Row) -> dict[str, str]:
+    """The modes that a budget chose, by what for; without rewards, and in older results, one."""
+    choice = report["choice"]
+    if choice is None:
+        return {}
+    if not report["reward"]:
+        return {"nearest": choice["mode"]}
+    nearest = {"nearest": choice["nearest"]} if "nearest" in choice else {}
+    return {"keeps most": choice["mode"], **nearest}
+
+
+def _row(result: Row, picks: Mapping[str, str], scored: bool) -> list[str]:
+    marks = [why for why, mode in picks.items() if mode == result["mode"]] or ["exact"] * result["exact"]
+    mark = f" ({', '.join(marks)})" if marks else ""
     peak = "" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f}"
     cells = [f"`{result['mode']}`{mark}", f"{result['nfe']:g}", f"{result['seconds']:.3g}"]
     cells += [_interval(result["cost"]), _interval(result["cpu_cost"]), peak, _interval(result["distance"])]
@@ -103,10 +127,10 @@ def _panel(axes: Axes, report: Row) -> None:
         axes.axhline(97, color=MUTED, linewidth=0.7, linestyle=":")
     if command["budget"]:
         axes.axvline(command["budget"], color=MUTED, linewidth=0.7, linestyle=":")
-    choice = (report["choice"] or {}).get("mode")
+    picks = set(picks_of(report).values())
     for (x, y), result in zip(points, shown, strict=True):
         low, high = (unit * result[field][end] for end in ("low", "high"))
-        colour = PALETTE[1] if result["mode"] == choice else INK if result["exact"] else PALETTE[0]
+        colour = PALETTE[1] if result["mode"] in picks else INK if result["exact"] else PALETTE[0]
         bars = [[max(0.0, y - low)], [max(0.0, high - y)]]
         axes.errorbar([x], [y], yerr=bars, fmt="o", color=colour, elinewidth=0.9, markersize=4.5)
         axes.annotate(result["mode"], (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7, color=colour)

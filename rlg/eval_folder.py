@@ -62,15 +62,18 @@ def collect(folder: Path) -> dict[Job, Row]:
 
 def read(file: Path) -> dict[Job, Row]:
     """Rows of one file by job; none of a file that is missing or was cut off within its first line."""
-    if not file.is_file() or b"\n" not in file.read_bytes():  # nothing yet, or cut off within its first line
+    if not file.is_file():
         return {}
+    with file.open("rb") as lines:
+        if not lines.readline().endswith(b"\n"):  # nothing yet, or cut off within its first line
+            return {}
     return {job_of(row): row for row in read_rows(file)}
 
 
 def merge(folder: Path) -> int:
     """Join the processes' files into scores.jsonl, one row a job, in a fixed order. Returns the number of rows."""
     ordered = sorted(collect(folder).items(), key=lambda item: (item[0].mode, item[0].w, item[0].prompt_id, item[0].k))
-    durable.write_text(folder / ROWS, "".join(json.dumps(asdict(row)) + "\n" for _, row in ordered))
+    durable.write_parts(folder / ROWS, (json.dumps(asdict(row)) + "\n" for _, row in ordered))
     for file in folder.glob("scores-*.jsonl"):
         file.unlink()
     return len(ordered)

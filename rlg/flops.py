@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from rlg.measure import stopwatch
+from rlg.measure import Times, stopwatch
 
 _SIDES = {"cpu": 1024, "cuda": 8192}  # of the matrices: large enough that the units are busy
 _ENOUGH = 0.95  # of the best throughput: from here on a larger batch wins little
@@ -46,6 +46,11 @@ def device_seconds(times: tuple[float, float], device: torch.device | str) -> fl
     return times[torch.device(device).type == "cpu"]
 
 
+def seconds_by_round(times: Times, device: torch.device | str) -> list[float]:
+    """(R,) seconds of each round that utilisation goes by."""
+    return [device_seconds(pair, device) for pair in zip(times.wall_R, times.cpu_R, strict=True)]
+
+
 def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu", repeats: int = 10) -> float:
     """Operations a second of the fastest of some products of two large matrices."""
     side = _SIDES.get(torch.device(device).type, 2048)
@@ -63,3 +68,8 @@ def saturates_at(per_second: Mapping[int, float], enough: float = _ENOUGH) -> in
     """The smallest batch size whose throughput (images a second, by batch size) is within 5% of the best one."""
     best = max(per_second.values())
     return min(size for size, rate in per_second.items() if rate >= enough * best)
+
+
+def saturation(name: str, per_second: Mapping[int, float]) -> str:
+    """One line on the batch size beyond which images a second hardly grow."""
+    return f"{name} saturates at a batch of {saturates_at(per_second)} of {sorted(per_second)}"

@@ -242,12 +242,15 @@ def _passes(mode: Mode, schedule: Schedule) -> float:
     return 1.5 if mode.kind == CONDITIONAL else 1 + sum(mode.refreshes(schedule)) / len(schedule)
 
 
-def pick(results: Sequence[Result], budget: float, clock: str) -> Result:
-    """The mode within the budget that keeps most of the gain (as much as full guidance is enough), then the nearest.
+def pick(results: Sequence[Result], budget: float, clock: str) -> tuple[Result, Result]:
+    """(what keeps most of the gain, what is nearest to full guidance) of the modes within the budget.
 
-    Without rewards, the nearest. clock: "cost" or "cpu_cost". Raises ValueError if nothing is within the budget.
+    The two may differ: a mode may gain as much by other images. As much as full guidance gains is enough; of those the
+    nearest keeps most. Without rewards both are the nearest. clock: "cost" or "cpu_cost". Raises ValueError if nothing
+    is within the budget.
     """
     within = [r for r in results if r.mode not in (BASE, FULL) and getattr(r, clock).mean <= budget]
     if not within:
         raise ValueError(f"no way to run guidance costs at most {budget:g} times the tuned model; raise --budget")
-    return max(within, key=lambda r: (min(r.kept.mean, 1.0) if r.kept else 0.0, -r.distance.mean))
+    nearest = min(within, key=lambda r: r.distance.mean)
+    return max(within, key=lambda r: (min(r.kept.mean, 1.0) if r.kept else 0.0, -r.distance.mean)), nearest

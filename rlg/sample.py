@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from rlg import attach
+from rlg import attach, attach_mode
 from rlg.cli import TUNED_HELP, Parser, fail_cleanly
 from rlg.eval_folder import Job, to_pil
 from rlg.evaluator import CORRECTED, RLG, EvalSettings, Evaluator
+from rlg.guidance_modes import FULL
 from rlg.policy import DTYPES, Policy, base_of, load_pipeline
 from rlg.process import KERNELS
 from rlg.prompts import Prompt
@@ -41,6 +42,7 @@ def build_parser() -> Parser:
     add("--k", type=int, default=4, help="images a prompt")
     add("--steps", type=int, default=20, help="denoising steps")
     add("--cfg", type=float, default=1.0, help="classifier-free guidance scale; 1 is off")
+    add("--guidance_mode", default=FULL, metavar="MODE", help="a cheaper way to run it (see rlg.guidance_modes)")
     add("--correct", action="store_true", help="Feynman-Kac corrector among the --k images of a prompt")
     add("--sampler", choices=KERNELS, default="sde", help="of --correct")
     add("--level", type=float, default=1.0, help="noise level of a stochastic sampler, with --correct")
@@ -101,6 +103,9 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError("--k and --steps must be at least 1")
     for w in args.scales:
         attach.check_finite(w)
+    if args.correct and args.guidance_mode != FULL:
+        raise ValueError(f"--correct needs full guidance; leave out --guidance_mode {args.guidance_mode}")
+    attach_mode.parse(args.guidance_mode, full_network=False)
     base = base_of(args.ckpt, args.base)
     if args.correct:
         policy = Policy.load(base, args.dtype, args.device)
@@ -109,7 +114,7 @@ def run(args: argparse.Namespace) -> Path:
     else:
         pipe = load_pipeline(base, DTYPES[args.dtype]).to(args.device)
         pipe.set_progress_bar_config(disable=True)
-        table = columns(pipe, attach.apply(pipe, args.ckpt), args)
+        table = columns(pipe, attach.apply(pipe, args.ckpt, mode=args.guidance_mode), args)
     width, height = table[0][0].size
     sheet = Image.new("RGB", (width * len(table), height * len(table[0])))
     for x, column in enumerate(table):

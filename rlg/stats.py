@@ -18,7 +18,7 @@ import math
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,7 +120,11 @@ def read_rows(path: Path) -> list[Row]:
     A last line without its newline that does not parse was cut off by a crash: it is left out with a warning. Raises
     ValueError with the file and the line for any other bad or repeated line, and for a file without rows.
     """
-    lines = path.read_bytes().split(b"\n")
+    with path.open("rb") as lines:  # line by line: the bytes of all take as much as their rows
+        return _rows_of(path, lines)
+
+
+def _rows_of(path: Path, lines: Iterable[bytes]) -> list[Row]:
     rows: dict[tuple[Any, ...], Row] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -128,7 +132,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             record = parse_json(line)
         except ValueError as error:  # not JSON, or not UTF-8
-            if number < len(lines):
+            if line.endswith(b"\n"):
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
             warnings.warn(f"{path}:{number}: the last line is cut off and was ignored", stacklevel=2)
             continue

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rewards import RewardMix
-from rlg import benchmark, benchmark_guidance, guidance_cost
-from rlg.cost_figure import front
+from rlg import benchmark, benchmark_guidance, cost_figure, guidance_cost
+from rlg.cost_figure import front, picks_of
 from rlg.guidance_cost import Bench, CostSettings, Result, candidates, distance, pick, share
 from rlg.policy import Policy
 from rlg.prompts import Prompt
@@ -53,17 +53,33 @@ def result(mode: str, cost: float, kept: float | None, far: float) -> Result:
     return Result(mode, False, 1, 1, of(cost), of(2 * cost), None, of(far), **own)
 
 
-def test_a_budget_picks_what_keeps_most_and_then_what_is_nearest() -> None:
+def test_a_budget_picks_what_keeps_most_and_what_is_nearest() -> None:
     results = [result("base", 0.9, 0.0, 2), result("full", 1.0, 1.0, 0), result("reuse:2", 1.5, 1.0, 0.1)]
     results += [result("reuse:5", 1.2, 0.9, 0.2), result("scaled", 1.0, 1.3, 0.9), result("reuse:8", 1.1, 1.1, 0.3)]
-    assert pick(results, 1.25, "cost").mode == "reuse:8"  # more than all of the gain is no merit
-    assert pick(results, 1.05, "cost").mode == "scaled"
-    assert pick(results, 1.6, "cost").mode == "reuse:2"
-    assert pick(results, 2.5, "cpu_cost").mode == "reuse:8"
+
+    def picked(rows: list[Result], budget: float, clock: str = "cost") -> tuple[str, str]:
+        most, nearest = pick(rows, budget, clock)
+        return most.mode, nearest.mode
+
+    assert picked(results, 1.25) == ("reuse:8", "reuse:5")  # more than all of the gain is no merit
+    assert picked(results, 1.05) == ("scaled", "scaled")
+    assert picked(results, 1.6) == ("reuse:2", "reuse:2")
+    assert picked(results, 2.5, "cpu_cost") == ("reuse:8", "reuse:5")
     without = [result(r.mode, r.cost.mean, None, r.distance.mean) for r in results]
-    assert pick(without, 1.25, "cost").mode == "reuse:5"
+    assert picked(without, 1.25) == ("reuse:5", "reuse:5")
     with pytest.raises(ValueError, match=r"at most 0\.5 times"):
         pick(results, 0.5, "cost")
+
+
+def test_the_table_marks_both_picks_and_older_results_have_one() -> None:
+    both = {"mode": "scaled", "nearest": "reuse:5"}
+    picks = picks_of({"choice": both, "reward": "composition"})
+    assert list(picks.values()) == ["scaled", "reuse:5"] and picks_of({"choice": None, "reward": None}) == {}
+    assert picks_of({"choice": {"mode": "scaled"}, "reward": "composition"}) == {"keeps most": "scaled"}
+    assert picks_of({"choice": {"mode": "scaled"}, "reward": None}) == {"nearest": "scaled"}
+    names = ("scaled", "reuse:5", "reuse:8")
+    first = [cost_figure._row(result(name, 1, None, 0.1).as_json(), picks, False)[0] for name in names]
+    assert first == ["`scaled` (keeps most)", "`reuse:5` (nearest)", "`reuse:8`"]
 
 
 def test_candidates_fit(tiny_policy: Callable[..., Policy]) -> None:
@@ -112,7 +128,7 @@ def test_modes_share_their_noise_and_take_turns(
 
 
 def arguments(tiny_folder: Callable[[str], Path], folder: Path, *more: str) -> list[str]:
-    sizes = {"num_prompts": 4, "k": 1, "batch_size": 2, "steps": 2, "small_batches": 1, "repeats": 1}
+    sizes = {"num_prompts": 4, "k": 1, "batch_size": 2, "steps": 2, "batch_sizes": 1, "repeats": 1}
     options = [f"--{name}={value}" for name, value in sizes.items()]
     return ["guidance", "--model", str(tiny_folder("sd3")), *options, "--output", str(folder), *more]
 
@@ -127,18 +143,52 @@ def test_the_command_writes_what_it_measured(
     report = json.loads((tmp_path / "o" / "results.json").read_text())
     modes = [row["mode"] for row in report["results"]]
     assert {"base", "tuned", "full", "reuse:2", report["choice"]["mode"]} == set(modes)
+    assert report["choice"]["nearest"] == report["choice"]["mode"]  # without a reward
     assert report["n"] == report["prompts"] == 2 and report["choice"]["n"] == 2  # other prompts than it was chosen on
-    assert report["batches"][0].keys() == {"batch", "seconds", "cost", "cpu_cost"}
+    parts = {"batch", "seconds", "cost", "cpu_cost", "images_per_second", "utilisation"}
+    assert report["batches"][0].keys() == parts and set(report["saturates"]) == {"tuned", "full", "full+batch"}
     text = (tmp_path / "o" / "table.md").read_text()
     assert (
-        f"`{report['choice']['mode']}` (chosen)" in text and "first step shared" in text and "`full` (exact)" in text
+        f"`{report['choice']['mode']}` (nearest)" in text and "first step shared" in text and "`full` (exact)" in text
     )
     assert (tmp_path / "o" / "cost.png").stat().st_size > 10_000
     out, err = capsys.readouterr()
-    assert out.strip() == str(tmp_path / "o") and "--budget 1.5: " in err
+    assert out.splitlines()[-1] == str(tmp_path / "o") and "--budget 1.5: nearest to full guidance: " in err
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(argv)  # nothing is overwritten
     assert "holds results; give --overwrite" in capsys.readouterr().err
+
+
+def test_throughput_is_measured_eager_and_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    (tmp_path / "prompts.txt").write_text("a red circle\n")  # all of a set are encoded
+    sizes = {
+        "k": 1,
+        "steps": 2,
+        "repeats": 1,
+        "cfg": 4.5,
+        "batch_size": 2,
+        "output": tmp_path,
+        "prompts": tmp_path / "prompts.txt",
+    }
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    benchmark.main(
+        ["guidance", "--arch", "sd15-tiny", "--modes", "reuse:2", "--batch_sizes", "1", "2", "--compile", *options]
+    )
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert len(compiled) == 1  # a policy of its own: the other modes stay eager
+    names = ["tuned", "full", "full+batch", "tuned, compiled", "full, compiled"]
+    assert list(report["saturates"]) == names and set(report["saturates"].values()) <= {1, 2}
+    for row in report["batches"]:
+        work = {name: row["utilisation"][name] / row["images_per_second"][name] for name in names}  # of an image
+        assert work["full+batch"] == pytest.approx(2 * work["tuned"]) == pytest.approx(2 * work["tuned, compiled"])
+        assert 1.5 < work["full"] / work["tuned"] < 2  # the base's pass has no LoRA
+        assert work["tuned"] == pytest.approx(
+            report["batches"][0]["utilisation"]["tuned"] / report["batches"][0]["images_per_second"]["tuned"]
+        )
+    text = (tmp_path / "table.md").read_text()
+    assert "| images a batch: images / s (FLOP utilisation) | tuned | full |" in text and "| saturates at | " in text
 
 
 def test_prompts_that_choose_are_not_measured() -> None:
@@ -158,7 +208,7 @@ def test_prompts_that_choose_are_not_measured() -> None:
         (["--arch", "sd4"], "invalid choice"),
         (["--model", "tiny-sd3", "--rewards", "composition"], "--rewards needs --ckpt"),
         (["--model", "tiny-sd3", "--k", "0"], "--k must be at least 1"),
-        (["--model", "tiny-sd3", "--small_batches", "2", "0"], "--small_batches must be"),
+        (["--model", "tiny-sd3", "--batch_sizes", "2", "0"], "--batch_sizes must be"),
         (["--model", "tiny-sd3", "--budget", "0.8"], "nothing costs less"),
         (["--model", "tiny-sd3", "--modes", "fast", "--num_prompts", "1"], "unknown mode of guidance 'fast'"),
         (["--model", "/nowhere", "--num_prompts", "1"], "cannot load the base model"),

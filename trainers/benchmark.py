@@ -197,7 +197,7 @@ def compare(bench: Bench, repeats: int, device: str, peak: float) -> list[Result
     images = bench.args.num_prompts * bench.args.num_generations
     results = []
     for name, side in sides.items():
-        seconds = measure.median(_seconds(times[name], device)).mean
+        seconds = measure.median(flops.seconds_by_round(times[name], device)).mean
         results.append(
             Result(
                 name,
@@ -213,13 +213,9 @@ def compare(bench: Bench, repeats: int, device: str, peak: float) -> list[Result
     return results
 
 
-def _seconds(times: Times, device: str) -> list[float]:
-    return [flops.device_seconds(pair, device) for pair in zip(times.wall_R, times.cpu_R, strict=True)]
-
-
 def _speedups(times: Times, plain: Times, device: str) -> tuple[Estimate, Estimate]:
     return (
-        measure.ratio(_seconds(plain, device), _seconds(times, device)),
+        measure.ratio(flops.seconds_by_round(plain, device), flops.seconds_by_round(times, device)),
         measure.ratio(plain.wall_R, times.wall_R),
     )
 
@@ -243,12 +239,6 @@ def table(results: Sequence[Result]) -> str:
 
 def _estimate(value: Estimate | None) -> str:
     return "1" if value is None else f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
-
-
-def saturation(results: Sequence[Result], name: str = TRAINER) -> str:
-    """One line on the batch size beyond which images a second hardly grow."""
-    rates = {r.batch: r.images_per_second for r in results if r.name == name}
-    return f"{name} saturates at a batch of {flops.saturates_at(rates)} of {sorted(rates)}"
 
 
 def _parser() -> Parser:
@@ -294,7 +284,8 @@ def run(args: argparse.Namespace) -> None:
     for batch in args.batch_sizes:
         results += compare(Bench(args, batch, reward, chosen), args.repeats, args.device, peak)
     where = measure.machine(args.device) | {"dtype": args.dtype, "matmul_peak_gflops": round(peak / 1e9, 1)}
-    print(table(results), saturation(results), json.dumps(where), sep="\n\n")
+    rates = {r.batch: r.images_per_second for r in results if r.name == TRAINER}
+    print(table(results), flops.saturation(TRAINER, rates), json.dumps(where), sep="\n\n")
     if args.output:
         args.output.write_text(json.dumps({"machine": where, "results": [asdict(r) for r in results]}, indent=1))
 
