@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does w play beta / w? Everything that RESULTS.md says of it, on a CPU: the toy laws, then for both models and both
 # rewards a fit to the tilted law at a known beta, guided with several w and held against the sampled oracle; GRPO at
-# three beta, one of them guided; a second training of three fits; then Diffusion Blend of the two experts of tiny-sd3
+# three beta, one of them guided, and without a KL; a second training of two fits; then Diffusion Blend of the two experts of tiny-sd3
 # against a model trained on the mix.
 #
 #   bash launch/equivalence.sh [--dry_run]
@@ -21,12 +21,14 @@ for name in sd3_compressibility sd3_composition sd_compressibility sd_compositio
     run accelerate launch train_rwr.py --config "configs/equivalence/rwr_$name.yaml"
     run python -m rlg.equivalence --config "configs/equivalence/tiny_$name.yaml"
 done
-for beta in 0.001 0.002 0.004; do
-    run accelerate launch train_grpo.py --config configs/equivalence/grpo_sd3_compressibility.yaml --beta "$beta" \
-        --name "tiny-sd3-grpo-beta-$beta"
+for each in 0.001:60 0.002:40 0.004:40; do  # of the first, the checkpoint at 40 is judged as well
+    run accelerate launch train_grpo.py --config configs/equivalence/grpo_sd3_compressibility.yaml \
+        --beta "${each%:*}" --max_steps "${each#*:}" --name "tiny-sd3-grpo-beta-${each%:*}"
 done
 run python -m rlg.equivalence --config configs/equivalence/tiny_sd3_grpo.yaml
-for again in sd3_compressibility:8 sd_compressibility:8 sd3_composition:16; do
+run accelerate launch train_grpo.py --config configs/tiny/grpo_sd3_composition.yaml
+run python -m rlg.equivalence --config configs/equivalence/tiny_sd3_composition_grpo.yaml
+for again in sd3_compressibility:8 sd_compressibility:8; do
     name=${again%:*} steps=${again#*:}
     run accelerate launch train_rwr.py --config "configs/equivalence/rwr_$name.yaml" --seed 1 --max_steps "$steps" \
         --name "tiny-$name-seed1"
