@@ -14,9 +14,10 @@ from rlg.stats import Estimate
 from rlg.style import INK, MUTED, PALETTE
 
 if TYPE_CHECKING:
-    from rlg.equivalence import Experiment, Result
+    from rlg.equivalence import Experiment, Point, Result
 
 TRUSTED = 100  # effective samples from which on the oracle is drawn solid
+LEAST = 9  # and from which on rewards are held against it
 GUIDED, NOMINAL, OTHER = PALETTE[:3]
 
 
@@ -59,7 +60,7 @@ def _plane(axes: Axes, experiment: Experiment, result: Result) -> None:
     ):
         if group:
             _bars(axes, [each.path_kl.mean for each in group], [each.reward for each in group], **look)
-    left, right = {"xytext": (-6, 5), "ha": "right"}, {"xytext": (8, -11), "ha": "left"}
+    left, right = {"xytext": (-6, 6), "ha": "right"}, {"xytext": (7, -12), "ha": "left"}
     names = [(p, f"w = {p.w:g}", MUTED, left) for p in known] + [(t, t.name, OTHER, right) for t in others]
     for each, text, colour, place in names:
         at = (each.path_kl.mean, each.reward.mean)
@@ -70,7 +71,9 @@ def _plane(axes: Axes, experiment: Experiment, result: Result) -> None:
 def _along(axes: Axes, experiment: Experiment, result: Result) -> None:
     axes.set_title("against the oracle at β / w")
     w = [p.w for p in result.points]
-    _bars(axes, w, [p.oracle for p in result.points], color=INK, marker="_", label="oracle at β / w")
+    known = _known(result)
+    if known:
+        _bars(axes, [p.w for p in known], [p.oracle for p in known], color=INK, marker="_", label="oracle at β / w")
     _bars(axes, w, [p.reward for p in result.points], color=GUIDED, marker="o", label="guided")
     shown = [t for t in result.trained if t.w <= max(w)]
     if shown:
@@ -81,14 +84,23 @@ def _along(axes: Axes, experiment: Experiment, result: Result) -> None:
     axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
+def _known(result: Result) -> list[Point]:
+    """The points that there is an oracle for, if there are any besides the base."""
+    known = [p for p in result.points if p.ess >= LEAST]
+    return known if any(p.w for p in known) else []
+
+
 def _missed(axes: Axes, result: Result) -> None:
     axes.set_title("what guidance misses")
     axes.set_ylabel("% of tuned - base")
     axes.axhline(0, color=INK, linewidth=1)
-    w = [p.w for p in result.points]
-    _bars(axes, w, [p.miss for p in result.points], 100, color=NOMINAL, marker="s", label="at the trained β")
-    matched = f"at the tuned model's own β, {result.matched_beta:.2g}"
-    _bars(axes, w, [p.matched for p in result.points], 100, color=GUIDED, marker="o", label=matched)
+    known = _known(result)
+    w = [p.w for p in known]
+    if known:
+        _bars(axes, w, [p.miss for p in known], 100, color=NOMINAL, marker="s", label="at the trained β")
+    if known and result.matched_beta:
+        matched = f"at the tuned model's own β, {result.matched_beta:.2g}"
+        _bars(axes, w, [p.matched for p in known], 100, color=GUIDED, marker="o", label=matched)
     really = sorted((t for t in result.trained if t.miss), key=lambda t: t.w)
     if really:
         look = {"color": OTHER, "marker": "D", "linestyle": "none", "label": "against training at β / w"}
