@@ -62,6 +62,7 @@ def test_a_budget_picks_what_keeps_most_and_what_is_nearest() -> None:
         return most.mode, nearest.mode
 
     assert picked(results, 1.25) == ("reuse:8", "reuse:5")  # more than all of the gain is no merit
+    assert picked(results[::-1], 1.25) == ("reuse:8", "reuse:5")
     assert picked(results, 1.05) == ("scaled", "scaled")
     assert picked(results, 1.6) == ("reuse:2", "reuse:2")
     assert picked(results, 2.5, "cpu_cost") == ("reuse:8", "reuse:5")
