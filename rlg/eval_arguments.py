@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rlg import blend, networks
 from rlg.blend_evaluator import BLEND_LS, BlendSettings
@@ -19,6 +20,7 @@ from rlg.stats import BLEND_MODES, MODES, RLG_LS
 from rlg.weight_schedule import CONSTANT, FORMS, WeightSchedule
 
 DESCRIPTION = "Evaluate a tuned model under Reinforcement Learning Guidance over a sweep of w."
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OF_BLENDS = ("blend_scale", "blend_modes", "morl")  # options that do nothing without --blend
 
 
@@ -109,12 +111,26 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if not args.blend and (given := given_of(args, OF_BLENDS)):
         raise ValueError(f"--{given[0]} does nothing without --blend")
     settings = [run_settings(Path(ckpt)) for ckpt in args.ckpts]
+    for option in ("rewards", "held_out"):
+        if getattr(args, option) is None:
+            _check_servers(option, [name for row in settings for name in row.get(option) or ()])
     if args.blend and args.rewards is None and all("rewards" in row for row in settings):
         args.rewards = list(dict.fromkeys(name for row in settings for name in row["rewards"]))
     for name, value in settings[0].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     return args
+
+
+def _check_servers(option: str, names: Sequence[str]) -> None:
+    """Raise ValueError for a reward on another machine that a checkpoint names: images and a token would go there."""
+    for name in names:
+        host = urlsplit(name.partition("=")[2]).hostname
+        if host and host not in _LOOPBACK:
+            raise ValueError(
+                f"the run was scored by {name}, and evaluating it would send images there; if that server is yours, "
+                f"give --{option} {' '.join(names)}"
+            )
 
 
 def given_of(args: argparse.Namespace, names: Sequence[str]) -> list[str]:

@@ -55,6 +55,18 @@ def test_command_line_wins_over_yaml_and_yaml_over_the_run(checkpoint: Path, tmp
     assert args.output == tmp_path / "out" and args.overwrite is True
 
 
+def test_a_server_that_a_checkpoint_names_gets_no_image_unasked(checkpoint: Path) -> None:
+    file = checkpoint / "config.yaml"
+    elsewhere = yaml.safe_load(file.read_text()) | {"held_out_reward": ["remote=http://example.org:80"]}
+    file.write_text(yaml.safe_dump(elsewhere))
+    with pytest.raises(ValueError, match=r"would send images there; .* give --held_out remote=http://example.org:80"):
+        evaluation.parse(["--ckpt", str(checkpoint)])
+    given = evaluation.parse(["--ckpt", str(checkpoint), "--held_out", "remote=http://example.org:80"])
+    assert given.held_out == ["remote=http://example.org:80"]
+    file.write_text(yaml.safe_dump(elsewhere | {"held_out_reward": ["remote=http://127.0.0.1:80"]}))
+    assert evaluation.parse(["--ckpt", str(checkpoint)]).held_out == ["remote=http://127.0.0.1:80"]
+
+
 @pytest.mark.parametrize(
     "line", ["stepz: 3", "k: two", "k: 2.5", "scales: [a]", "sampler: dpm", "dtype: int8", "- steps", "steps: ["]
 )
