@@ -144,7 +144,7 @@ def test_a_scale_that_is_not_finite(command: str, w: str, refused: Command, chec
         (["--sampler", "dpm"], "argument --sampler: invalid choice: 'dpm'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--scales", "much"], "argument --scales: invalid float value: 'much'"),
-        (["--scale", "1", "--guidance", "1"], "unrecognized arguments: --guidance 1"),
+        (["--scale", "1", "--strength", "1"], "unrecognized arguments: --strength 1"),
         (["--sampler", "cps", "--level", "0.5"], "kernel 'cps' is for flow-matching models"),
         (["--resolution", "63"], "image size 63x63 is not a multiple of 8"),
     ],
@@ -184,7 +184,7 @@ def test_evaluate_does_not_mix_with_another_evaluation(refused: Command, checkpo
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--k", "0"], "--k and --steps must be at least 1"),
         (["--scales", "much"], "argument --scales: invalid float value: 'much'"),
-        (["--guidance", "1"], "unrecognized arguments: --guidance 1"),
+        (["--strength", "1"], "unrecognized arguments: --strength 1"),
     ],
 )
 def test_sample_options(options: list[str], message: str, refused: Command, checkpoint: Path) -> None:
