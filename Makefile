@@ -1,21 +1,28 @@
-# make demo | test | test-slow | lint | format | clean; each sets up .venv first, once.
+# make demo | test | test-slow | test-cpus | test-quant | lint | format | clean; each sets up .venv first, once.
+# make test-cpus runs the numerics tests as other CPUs would: other kernels, other blocking, more threads.
+# make test-quant runs the tests on quantised bases, with libraries that are not in .venv.
+# make test-install builds the wheel, installs it into a clean environment, and uses it from another folder (minutes).
 # make test-parity compares rewards with the published packages, in an environment of its own (.venv-parity, 5 GB).
+# make test-lowest runs the numerics tests with the lowest versions of pyproject.toml, in .venv-lowest.
 #
 #   PYTHON=python3.12                interpreter of the environment (default: python3.11, else python3)
 #   PIP_FLAGS="--extra-index-url U"  more flags for pip, as for a build of torch without CUDA
 #   PYTEST_FLAGS="-k guidance"       more flags for pytest
+#   WORKERS=1                        processes that share the tests (default: one a core, at most 4)
 #   DEMO_TRAIN="--max_steps 5"       more options for the demo's training,
 #   DEMO_EVAL="--num_prompts 8"      and for its evaluation
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-parity demo lint format clean
+.PHONY: help venv test test-slow test-cpus test-quant test-parity test-install test-lowest demo lint format clean
 
 # The first that runs, not the first that is found: a version manager's shim may stand for nothing.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+CORES := $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= $(shell echo $$(($(CORES) < 4 ? $(CORES) : 4)))
 DEMO_TRAIN ?=
 DEMO_EVAL ?=
 
@@ -28,8 +35,18 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 # constraints.txt is of 2023. The rest is what it needs beyond what is there.
 APP := gradio gradio-client hf-gradio brotli groovy orjson pydub python-multipart pytz safehttpx semantic-version tomlkit
 
+# Tests that share something costly stay in one process (the mark xdist_group). A worker has one thread: see conftest.py.
+PYTEST := $(BIN)/python -m pytest -q
+SHARED := -n $(WORKERS) --dist loadgroup
+
 PARITY := .venv-parity
 PARITY_PIP := $(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
+
+LOWEST := .venv-lowest
+LOWEST_PIP := $(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+    -c $(LOWEST)/lowest.txt $(PIP_FLAGS)
+LOWEST_TESTS := integrations/test_apply_table.py commands/test_cli.py tasks/test_prompts.py rewards/test_remote.py \
+    evaluation/test_rows.py rewards/test_serve.py runs/test_sweep.py
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -55,11 +72,26 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP)
 	@echo '== tests, all but the slow ones'
-	@$(BIN)/python -m pytest -q -m 'not slow' $(PYTEST_FLAGS)
+	@$(PYTEST) $(SHARED) -m 'not slow' $(PYTEST_FLAGS)
 
 test-slow: $(STAMP)
 	@echo '== slow tests'
-	@$(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)
+	@$(PYTEST) $(SHARED) -m slow $(PYTEST_FLAGS)
+
+test-cpus: $(STAMP)
+	@echo '== numerics tests, as on other CPUs'
+	@$(BIN)/python -m tests.support.cpus $(PYTEST_FLAGS)
+
+# Beside the environment, not in it: some of them print at each import of diffusers.
+QUANT := $(VENV)/quant
+$(QUANT)/.installed: $(STAMP)
+	@echo '== quantisation libraries: $(QUANT)'
+	@$(PIP) --no-deps --target $(QUANT) bitsandbytes gguf torchao
+	@touch $@
+
+test-quant: $(QUANT)/.installed
+	@echo '== tests on quantised bases'
+	@PYTHONPATH=$(QUANT) $(PYTEST) tests/integrations/test_apply_quantised.py $(PYTEST_FLAGS)
 
 test-parity: $(PARITY)/.installed
 	@echo '== rewards against the published packages'
@@ -77,17 +109,39 @@ $(PARITY)/.installed: pyproject.toml constraints.txt
 	@cd $(PARITY)/lib/python3*/site-packages && cp open_clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/
 	@touch $@
 
+test-install: $(STAMP)
+	@echo '== the wheel, in a clean environment'
+	@PYTHON='$(abspath $(BIN)/python)' PIP_FLAGS='$(PIP_FLAGS)' .ci/install
+
+# The first run also shows that every test file can be imported with them.
+test-lowest: $(LOWEST)/.installed
+	@echo '== numerics tests with the lowest versions'
+	@$(LOWEST)/bin/python -m pytest -q $(SHARED) -m numerics $(PYTEST_FLAGS)
+	@echo '== tests of commands, prompts, rows, servers and sweeps with the lowest versions'
+	@$(LOWEST)/bin/python -m pytest -q $(SHARED) -m 'not slow' $(addprefix tests/,$(LOWEST_TESTS)) $(PYTEST_FLAGS)
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt tests/support/lowest_versions.py
+	@echo '== environment: $(LOWEST), a few minutes, once'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	    echo "error: the lowest versions are built for Python 3.11; give PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m tests.support.lowest_versions > $(LOWEST)/lowest.txt
+	@$(LOWEST_PIP) torch
+	@$(LOWEST_PIP) -e '.[hpsv2,remote,serve,sweep]' pytest pytest-xdist hypothesis
+	@touch $@
+
 # Nothing is downloaded. Threads: accelerate would otherwise take the number of physical cores, and warn.
 demo: export HF_HUB_OFFLINE = 1
 demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP)
-	@echo '== demo 1/2: GRPO trains a LoRA on a tiny model -> runs/demo'
+	@echo '== demo 1/2: SPO trains a LoRA on a tiny model: things shall lie low in the picture -> runs/demo'
 	@$(BIN)/accelerate launch --quiet --config_file launch/accelerate/cpu.yaml \
-	    train_grpo.py --config configs/tiny/demo.yaml --overwrite $(DEMO_TRAIN)
-	@echo '== demo 2/2: guidance over a sweep of w, and the report'
-	@$(BIN)/python -m rlg.evaluate --config configs/eval/demo.yaml \
-	    --ckpt "$$(ls -d runs/demo/checkpoint-* | sort -V | tail -n 1)" $(DEMO_EVAL)
-	@echo "== report: $$(ls -t runs/demo/eval/*/report.html | sed -n 1p)"
+	    train_spo.py --config configs/tiny/demo.yaml --overwrite $(DEMO_TRAIN)
+	@echo '== demo 2/2: guidance over a sweep of w on prompts that it never saw, and the report'
+	@ckpt=$$(ls -d runs/demo/checkpoint-* | sort -V | tail -n 1); \
+	    $(BIN)/python -m rlg.evaluate --config configs/eval/demo.yaml --ckpt "$$ckpt" $(DEMO_EVAL); \
+	    echo "== report, with a slider over w: $$(ls -t runs/demo/eval/*/report.html | sed -n 1p)"; \
+	    echo "== prompts of your own, in the browser: $(BIN)/python -m rlg.app --ckpt $$ckpt --reward gravity composition"
 
 lint: $(STAMP)
 	@echo '== lint'
@@ -100,5 +154,5 @@ format: $(STAMP)
 
 # runs/ is kept: nothing here deletes results.
 clean:
-	@rm -rf $(VENV) $(PARITY) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(PARITY) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,15 +1,9 @@
 """GRPO: `accelerate launch train_grpo.py --config configs/tiny/grpo_sd3_compressibility.yaml`."""
 
-import rewards
 from rlg.cli import fail_cleanly
-from trainers import online
-from trainers.grpo import GRPOConfig, GRPOTrainer
+from trainers.commands import TRAINERS
 
-
-def main() -> None:
-    """Config -> policy, reward, data -> train."""
-    online.start(GRPOConfig, GRPOTrainer, rewards.build)
-
+main = TRAINERS["grpo"]
 
 if __name__ == "__main__":
     with fail_cleanly():

@@ -1,15 +1,9 @@
 """DiffusionNFT: `accelerate launch train_nft.py --config configs/tiny/nft_sd3_composition.yaml`."""
 
-import rewards
 from rlg.cli import fail_cleanly
-from trainers import online
-from trainers.nft import NFTConfig, NFTTrainer
+from trainers.commands import TRAINERS
 
-
-def main() -> None:
-    """Config -> policy, reward, data -> train."""
-    online.start(NFTConfig, NFTTrainer, rewards.build)
-
+main = TRAINERS["nft"]
 
 if __name__ == "__main__":
     with fail_cleanly():

@@ -8,7 +8,7 @@ runs=${1:-runs}
 steps=${2:+--max_steps $2}
 few=${2:+--num_prompts 4 --k 2}
 # one stochastic sampler for all: the path KL needs its noise
-sweep="--scales 0 0.5 1 1.5 2 3 --modes rlg --sampler sde --level 0.7 --steps 10 --cfg 1 ${few:---k 8}"
+sweep="--w 0 0.5 1 1.5 2 3 --method rlg --kernel sde --level 0.7 --steps 10 --cfg 1 ${few:---k 8}"
 pairs=$([ -n "${2:-}" ] && echo 40 || echo 8000)
 evaluations=()
 
@@ -29,7 +29,7 @@ train_and_guide nft configs/tiny/nft_sd3_composition.yaml tiny-sd3-composition-n
 # shellcheck disable=SC2086
 python -m rlg.evaluate --ckpt "$last" --origin "$last/trainer_state/lora_old.safetensors" $sweep \
     --output "$runs/tiny-sd3-composition-nft/eval/compare-old"
-[ -d "$runs/preferences-sd3" ] || python -m rlg.tinyworld.preferences --model tiny-sd3 \
+[ -d "$runs/preferences-sd3" ] || python -m rlg.preferences --base tiny-sd3 \
     --output "$runs/preferences-sd3" --pairs "$pairs" --steps 10 --utility composition
 train_and_guide dpo configs/tiny/dpo_sd3.yaml tiny-sd3-dpo --data "$runs/preferences-sd3"
 train_and_guide spo configs/tiny/spo_sd3.yaml tiny-sd3-spo

@@ -9,4 +9,4 @@ accelerate launch --config_file launch/accelerate/8gpu.yaml train_dpo.py --confi
     $([ -d "$run" ] && echo --resume)
 last=$(find "$run" -maxdepth 1 -name 'checkpoint-*' | sort -V | tail -1)
 accelerate launch --config_file launch/accelerate/8gpu.yaml -m rlg.evaluate --ckpt "$last" --prompts "$prompts" \
-    --rewards pickscore --scales 0 0.5 1 1.5 2 2.5 3 --sampler ode --steps 50 --k 1
+    --reward pickscore --w 0 0.5 1 1.5 2 2.5 3 --kernel ode --steps 50 --k 1

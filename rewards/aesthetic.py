@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rewards import Reward
 from rewards.clip import CLIP_L, Clip, read
-from rewards.models import Origin, batched, difference, half_on_gpu
+from rewards.weights import Origin, batched, difference, half_on_gpu
 
 HUB = "trl-lib/ddpo-aesthetic-predictor"
 PUBLISHED = "sac+logos+ava1-l14-linearMSE"

@@ -1,8 +1,8 @@
 """Scoring while sampling: rewards that mostly wait for a server are asked as soon as a batch of images is there.
 
-`RewardSpec.waits` says which. The others are scored at the end, in one call on the calling thread: in the background
-they would compete with sampling for the CPU or the GPU, and no time would be won. A score depends on its own image
-alone, so results are the same, and there is nothing to set.
+`RewardSpec.waits` says which. The others are scored at the end, in one call that the caller waits for: in the
+background they would compete with sampling for the CPU or the GPU, and no time would be won. A score depends on its
+own image alone, so results are the same, and there is nothing to set.
 """
 
 from __future__ import annotations

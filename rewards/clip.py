@@ -19,9 +19,9 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from rewards import Reward
-from rewards.models import Origin, batched, half_on_gpu, pretrained
-from rewards.pixels import centre_crop
+from rewards.preprocessing import centre_crop
 from rewards.step_aware import CLIP_H
+from rewards.weights import Origin, batched, half_on_gpu, pretrained
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"  # has the tokenizer of CLIP_H
 CLIP_L = "openai/clip-vit-large-patch14"

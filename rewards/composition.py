@@ -23,7 +23,8 @@ Differences from Flow-GRPO's score
 3. Its wrong position adds a 0 and then a 1 to the mean; here it adds the share alone.
 
 `score` knows no detector: it takes `Detection`s. The rewards `composition` and `composition_strict` use the detector
-of the tinyworld, `rewards.blobs`; `geneval` and `geneval_strict` (rewards/geneval.py) that of GenEval, for photos.
+of the world that the metadata names under `world`: `rewards.detectors.blobs` for shapes, which is the default, and
+`rewards.detectors.matching` for emoji. `geneval` and `geneval_strict` (rewards/geneval.py) use GenEval's, for photos.
 """
 
 from __future__ import annotations
@@ -36,23 +37,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards import Reward
+from rewards import CheckedReward, Reward
+from rewards.detectors.detection import Box, Detection
 
 RELATIONS = ("left of", "right of", "above", "below")
 POSITION_THRESHOLD = 0.1  # GenEval's: share of the two boxes' extents by which an offset is shrunk
 _MIN_COSINE = 0.5  # GenEval's: share of the offset's length that lies in the relation's direction
-
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, y downwards
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One object found in an image."""
-
-    name: str  # its class
-    color: str  # name of its colour
-    box: Box
-    score: float  # the detector's confidence, in (0, 1]
 
 
 @dataclass(frozen=True)
@@ -181,26 +171,58 @@ def _placed(clause: Clause, wanted: Sequence[Sequence[Detection]], objects: Sequ
     return [bool(targets) and all(clause.relation in relations(o.box, t.box) for t in targets) for o in objects]
 
 
+@dataclass(frozen=True)
+class World:
+    """A small world whose objects a detector finds."""
+
+    detect: Callable[[Tensor], list[Detection]]  # of one image (3, H, W) in [0, 1]
+    require: Callable[[Requirements], None]  # raises ValueError for what the world lacks
+
+
+def worlds() -> dict[str, World]:
+    """The worlds that metadata may name."""
+    from rewards.detectors import blobs, matching, sprites
+
+    def shapes(needed: Requirements) -> None:
+        check_vocabulary(needed, (*blobs.SHAPES, blobs.SIGN), blobs.PALETTE)
+
+    def drawings(needed: Requirements) -> None:
+        check_vocabulary(needed, sprites.NOUNS, sprites.COLORS)
+        check_colors(needed, sprites.COLORED)
+
+    return {"shapes": World(blobs.detect, shapes), sprites.WORLD: World(matching.detect, drawings)}
+
+
 def partial(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `composition`, the partial credit with the tinyworld's detector; always on the CPU."""
+    """Factory of `composition`, the partial credit with a small world's detector; always on the CPU."""
     return _tinyworld_reward(lambda result: result.partial)
 
 
 def strict(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `composition_strict`, 0 or 1 with the tinyworld's detector; always on the CPU."""
+    """Factory of `composition_strict`, 0 or 1 with a small world's detector; always on the CPU."""
     return _tinyworld_reward(lambda result: float(result.strict))
 
 
 def _tinyworld_reward(pick: Callable[[CompositionScore], float]) -> Reward:
-    from rewards.blobs import PALETTE, SHAPES, SIGN, detect
+    known = worlds()
+
+    def world(row: Mapping[str, Any]) -> World:
+        name = row.get("world", "shapes")
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"unknown world {name!r} in the metadata; known: {', '.join(known)}")
+        return known[name]
+
+    def require(prompt: str, row: dict[str, Any]) -> None:
+        needed = parse(row)
+        world(row).require(needed)
 
     def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
-        for row in metadata:
-            check_vocabulary(parse(row), (*SHAPES, SIGN), PALETTE)
-        results = [score(row, detect(image)) for image, row in zip(images_B3HW, metadata, strict=True)]
+        for prompt, row in zip(prompts, metadata, strict=True):
+            require(prompt, row)
+        results = [score(row, world(row).detect(image)) for image, row in zip(images_B3HW, metadata, strict=True)]
         return torch.tensor([pick(result) for result in results], dtype=torch.float32)
 
-    return reward
+    return CheckedReward(reward, require)
 
 
 def check_vocabulary(needed: Requirements, names: Collection[str], colors: Collection[str]) -> None:
@@ -210,3 +232,11 @@ def check_vocabulary(needed: Requirements, names: Collection[str], colors: Colle
             thing = clause.name if clause.color is None else f"{clause.color} {clause.name}"
             known = f"{', '.join(names)} in {', '.join(colors)}"
             raise ValueError(f"the reward's detector cannot see a {thing!r}; it knows {known}")
+
+
+def check_colors(needed: Requirements, colored: Mapping[str, Collection[str]]) -> None:
+    """Raises ValueError for a class in a colour that it does not come in."""
+    for clause in (*needed.include, *needed.exclude):
+        if clause.color is not None and clause.color not in colored.get(clause.name, ()):
+            known = "; ".join(f"{name} in {', '.join(colors)}" for name, colors in colored.items())
+            raise ValueError(f"the reward's detector cannot see a '{clause.color} {clause.name}'; it knows {known}")

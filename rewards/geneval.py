@@ -29,12 +29,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPTokenizer
 
-from rewards import Reward
+from rewards import CheckedReward, Reward
 from rewards.clip import CLIP_L, Clip, read
-from rewards.composition import CompositionScore, Detection, Requirements, check_vocabulary, parse, score
-from rewards.mask2former import COCO_INSTANCE, Instance, Mask2Former
-from rewards.models import Origin, half_on_gpu
-from rewards.pixels import centre_crop, round_half
+from rewards.composition import CompositionScore, Requirements, check_vocabulary, parse, score
+from rewards.detectors.detection import Detection
+from rewards.detectors.mask2former import COCO_INSTANCE, Instance, Mask2Former
+from rewards.preprocessing import centre_crop, round_half
+from rewards.weights import Origin, half_on_gpu
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of the detector's confidence
 MAX_OBJECTS = 16  # of a class
@@ -108,17 +109,20 @@ def detections(image_3HW: Tensor, things: Sequence[Instance], needed: Requiremen
 def judge(detect: Detect, paint: Paint, pick: Callable[[CompositionScore], float]) -> Reward:
     """A reward from what finds objects, what names their colours, and which of the two scores is wanted."""
 
+    def require(prompt: str, row: dict[str, Any]) -> Requirements:
+        needed = parse(row)
+        check_vocabulary(needed, CLASSES, COLORS)
+        return needed
+
     @torch.no_grad()
     def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
-        needed = [parse(row) for row in metadata]
-        for row in needed:
-            check_vocabulary(row, CLASSES, COLORS)
+        needed = [require(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         things = detect(images_B3HW, [threshold(row) for row in metadata])
         rows = zip(images_B3HW, things, needed, metadata, strict=True)
         results = [score(row, detections(image, found, wanted, paint)) for image, found, wanted, row in rows]
         return torch.tensor([pick(result) for result in results], dtype=torch.float32)
 
-    return reward
+    return CheckedReward(reward, require)
 
 
 def partial(device: torch.device | str, source: str | None = None) -> Reward:

@@ -20,9 +20,9 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from rewards import Reward
 from rewards.clip import Clip
-from rewards.models import Origin, assemble, batched, half_on_gpu, renamed
-from rewards.pixels import pad_to_square
+from rewards.preprocessing import pad_to_square
 from rewards.step_aware import CLIP_H, clip_h_config
+from rewards.weights import Origin, assemble, batched, half_on_gpu, renamed
 
 HUB = "xswu/HPSv2"
 # open_clip's names, to transformers'; the text tower has no prefix there

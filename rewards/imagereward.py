@@ -27,8 +27,8 @@ from transformers import (
 
 from rewards import Reward
 from rewards.aesthetic import LinearHead
-from rewards.models import Origin, assemble, batched, half_on_gpu, renamed
-from rewards.pixels import centre_crop, round_half
+from rewards.preprocessing import centre_crop, round_half
+from rewards.weights import Origin, assemble, batched, half_on_gpu, renamed
 
 HUB = "THUDM/ImageReward"
 BERT = "google-bert/bert-base-uncased"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rewards import Reward
-from rewards.pixels import pil_images
+from rewards.preprocessing import pil_images
 
 QUALITY = 95
 

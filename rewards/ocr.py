@@ -1,20 +1,25 @@
 """Text rendering: how much of the text that a prompt quotes can be read in the image (Flow-GRPO, arXiv 2505.05470).
 
-    target t: what stands between the first two " of the prompt; r: all that is read; both without spaces, lower case
+    target t: the first quotation of the prompt; r: all that is read; both without spaces, in lower case
     score = 1 if t is contained in r, else 1 - min(lev(t, r), |t|) / |t|          lev: Levenshtein's distance
 
 PP-OCR models read, through rapidocr (its wheel holds them) or, with `ocr=paddleocr`, through PaddleOCR 3, which
-downloads them. They need characters of about 16 pixels: an image is enlarged by the least whole factor that brings its
-shorter side to MIN_SIDE (Flow-GRPO's images have 512). The angle classifier is off, as there.
+downloads them. They are pinned by name (`MODELS`), and results say which: scores of two models do not compare. They
+need characters of about 16 pixels: an image is enlarged by the least whole factor that brings its shorter side to
+MIN_SIDE (Flow-GRPO's images have 512). The angle classifier is off, as there.
 
-Deviation: the public code gives 0 when reading fails, and crashes for a prompt that quotes nothing; both are errors
-that name the image here.
+Deviations from the public code
+1. It gives 0 when reading fails, and crashes for a prompt that quotes nothing. Here the first is an error that names
+   the image, and the second is found before anything is sampled.
+2. It takes what stands between the first two ". Here `quotations` reads as people do: curly and escaped marks quote,
+   and the mark of a 5" nail does not.
+3. It reads with PaddleOCR 2.9's English models, en_PP-OCRv3_det and en_PP-OCRv4_rec, which PaddleOCR 3 cannot load.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,27 +27,80 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import Reward
+from rewards import CheckedReward, Reward
+from rlg.io.pixels import to_pil
 
 MIN_SIDE = 128  # pixels
 BACKENDS = ("rapidocr", "paddleocr")
-_QUOTED = re.compile(r'"([^"]*)"')
+MODELS = {"rapidocr": "PP-OCRv6 small", "paddleocr": "PP-OCRv4_mobile_det, en_PP-OCRv4_mobile_rec"}
+_MARK = re.compile(r'\\?["“”„«»]')
+_ENDS = {'"': '"”', "“": '”"“', "„": '“”"', "«": "»"}  # what may end a quotation, the likeliest first
+_BEFORE = "([{<:;,.!?-–—/"  # what a word may follow without a space; a straight mark after it begins a quotation
+_PLAIN = str.maketrans("‘’“”„", '\'\'"""')  # a reading has straight marks where a prompt has curly ones
 
 Reader = Callable[[np.ndarray], Sequence[str]]  # (H, W, 3) BGR bytes -> the lines of text
 
 
 def target(prompt: str) -> str:
     """The text that a prompt quotes, normalised. Raises ValueError where there is none."""
-    found = _QUOTED.search(prompt)
-    text = normalised(found[1]) if found else ""
-    if not text:
-        raise ValueError(f"no text between double quotes to look for in the prompt {prompt!r}")
-    return text
+    for quotation in quotations(prompt):
+        if text := normalised(quotation):
+            return text
+    raise ValueError(f"no text between double quotes to look for in the prompt {prompt!r}")
+
+
+def quotations(prompt: str) -> Iterator[str]:
+    """What a prompt quotes, in order.
+
+    Straight, curly, low and angle marks quote, also with a backslash before them. A straight mark after a digit is a
+    unit of length, unless it ends a quotation; within one it is a unit if a later mark can only be the end.
+    """
+    marks = list(_MARK.finditer(prompt))
+    at = 0
+    while at < len(marks):
+        end = _end(prompt, marks, at) if _begins(prompt, marks[at]) else None
+        if end is not None:
+            yield prompt[marks[at].end() : marks[end].start()].replace('\\"', '"')
+        at = at + 1 if end is None else end + 1
+
+
+def _begins(prompt: str, mark: re.Match[str]) -> bool:
+    """Whether a mark can be the first of a quotation."""
+    kind, before, after = mark[0][-1], prompt[: mark.start()][-1:], prompt[mark.end() :][:1]
+    if kind != '"':
+        return kind in _ENDS
+    apart = not before or before.isspace() or before in _BEFORE
+    return apart or not (before.isdigit() or not after or after.isspace())
+
+
+def _end(prompt: str, marks: Sequence[re.Match[str]], begin: int) -> int | None:
+    """Index of the mark that ends the quotation which another begins."""
+    kind, escaped = marks[begin][0][-1], len(marks[begin][0]) > 1
+    later = range(begin + 1, len(marks))
+    for same in (True, False):  # "say \"hi\"" ends with the kind of mark that it began with
+        for end in _ENDS[kind]:
+            for i in later:
+                alike = marks[i][0][-1] == end and (len(marks[i][0]) > 1) == escaped
+                if (alike if same else marks[i][0][-1] == end) and not _is_unit(prompt, marks, i):
+                    return i
+    return None
+
+
+def _is_unit(prompt: str, marks: Sequence[re.Match[str]], i: int) -> bool:
+    """Whether a mark within a quotation is of a length: it follows a digit, and a later one can only be the end."""
+    if not _after_digit(prompt, marks[i]):
+        return False
+    others = [mark for mark in marks[i + 1 :] if not _after_digit(prompt, mark)]
+    return bool(others) and not _begins(prompt, others[0])
+
+
+def _after_digit(prompt: str, mark: re.Match[str]) -> bool:
+    return prompt[: mark.start()][-1:].isdigit()
 
 
 def normalised(text: str) -> str:
-    """Without spaces, in lower case."""
-    return text.replace(" ", "").lower()
+    """Without spaces, in lower case, with straight quotation marks."""
+    return text.replace(" ", "").translate(_PLAIN).lower()
 
 
 def similarity(wanted: str, read: str) -> float:
@@ -56,8 +114,7 @@ def similarity(wanted: str, read: str) -> float:
 
 def enlarged(image_3HW: Tensor) -> np.ndarray:
     """(H, W, 3) BGR bytes of an image in [0, 1] whose shorter side has at least MIN_SIDE pixels."""
-    pixels_HW3 = (image_3HW.float().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels_HW3)
+    image = to_pil(image_3HW)
     factor = -(-MIN_SIDE // min(image.size))
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
@@ -76,13 +133,19 @@ def ocr(device: torch.device | str, source: str | None = None) -> Reward:
         texts = [normalised("".join(read(enlarged(image)))) for image in images_B3HW]
         return torch.tensor([similarity(*pair) for pair in zip(wanted, texts, strict=True)], dtype=torch.float32)
 
-    return reward
+    return CheckedReward(reward, lambda prompt, row: target(prompt), MODELS[backend])
 
 
 def _rapidocr() -> Reader:
-    from rapidocr import RapidOCR
+    from rapidocr import LangDet, LangRec, ModelType, OCRVersion, RapidOCR
 
     options = {
+        "Det.ocr_version": OCRVersion.PPOCRV6,  # its own choice changes from release to release
+        "Det.model_type": ModelType.SMALL,
+        "Det.lang_type": LangDet.CH,  # of Chinese and English
+        "Rec.ocr_version": OCRVersion.PPOCRV6,
+        "Rec.model_type": ModelType.SMALL,
+        "Rec.lang_type": LangRec.CH,
         "Global.log_level": "error",
         "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
         "Det.limit_type": "min",
@@ -97,8 +160,10 @@ def _paddleocr(device: torch.device | str) -> Reader:
         from paddleocr import PaddleOCR
     except ImportError as error:
         raise ValueError("reward 'ocr=paddleocr' needs paddleocr: pip install 'paddleocr>=3' paddlepaddle") from error
+    detector, recogniser = MODELS["paddleocr"].split(", ")
     engine = PaddleOCR(
-        lang="en",
+        text_detection_model_name=detector,
+        text_recognition_model_name=recogniser,
         device="gpu" if torch.device(device).type == "cuda" else "cpu",
         use_doc_orientation_classify=False,
         use_doc_unwarping=False,

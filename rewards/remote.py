@@ -1,7 +1,7 @@
 """`remote=http://HOST:PORT`: any reward behind HTTP, as `python -m rewards.serve` serves it.
 
 The protocol is in docs/remote.md. The score is the server's total; images travel as PNGs, hence rounded to 8 bits a
-channel (see rewards.wire).
+channel (see rewards.server.wire).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rewards import Reward
-from rewards.http import Server
-from rewards.wire import to_png
+from rewards.server.client import Server
+from rewards.server.wire import to_png
 
 _LARGEST = torch.finfo(torch.float32).max  # also of whole numbers, of which JSON has larger ones than floats
 BATCH = 16  # images a request: 70 MB at most at 1024 x 1024

@@ -1,55 +1,43 @@
 """Serve rewards over HTTP, for `--reward remote=http://HOST:PORT` elsewhere: a model too large, or of another world.
 
-    python -m rewards.serve --reward jpeg_compressibility composition --weights 0.002 1 --port 8000
+    python -m rewards.serve --reward jpeg_compressibility composition --reward_weights 0.002 1 --port 8000
 
 Loopback needs no token; any other address does. The protocol, and what is safe, are in docs/remote.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import socket
-import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-import torch
-
-from rewards import build, wire
+from rewards import build
+from rewards.server import wire
+from rlg import extras
+from rlg.cli import fail_cleanly
+from rlg.config_parser import Command, option
 
 _MODULES = ("fastapi", "uvicorn")
 _CONNECTIONS = 128  # at a time; more are answered 503, and clients come again
 
 
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m rewards.serve", description="Serve rewards over HTTP.")
-    parser.error = lambda message: stop(f"{message}; see --help")  # one line, without the usage
-    parser.add_argument("--reward", nargs="+", required=True, metavar="NAME[=SOURCE]", help="see python -m rewards")
-    parser.add_argument("--weights", nargs="+", type=float, help="one a reward (default: 1 each)")
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
-    parser.add_argument(
-        "--token_file", "--token-file", type=Path, help=f"holds the bearer token (default: the variable {wire.TOKEN})"
-    )
-    parser.add_argument(
-        "--max_mb", "--max-mb", type=float, default=128.0, help="largest request, in 10^6 bytes (default: 128)"
-    )
-    parser.add_argument(
-        "--max_images", "--max-images", type=int, default=64, help="most images of a request (default: 64)"
-    )
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of `python -m rewards.serve`."""
+
+    reward: tuple[str, ...] = option(help="see python -m rewards", metavar="NAME[=SOURCE]")
+    reward_weights: tuple[float, ...] | None = option(None, "one a reward (default: 1 each)")
+    device: str | None = option(None, "default: cuda if there is one")
+    host: str = option("127.0.0.1", "address to listen on; the default is this machine alone")
+    port: int = option(8000, "of the address; 0: any that is free")
+    token_file: Path | None = option(None, f"holds the bearer token (default: the variable {wire.TOKEN})")
+    max_mb: float = option(128.0, "largest request, in 10^6 bytes")
+    max_images: int = option(64, "most images of a request")
 
 
-def stop(message: str) -> NoReturn:
-    """Print one line on stderr and exit with code 2, as all commands do (rlg.cli is out of reach from here)."""
-    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(message.split()))
-    print(f"error: {line}", file=sys.stderr)
-    raise SystemExit(2)
+COMMAND = Command("python -m rewards.serve", ServeOptions, "Serve rewards over HTTP.")
 
 
 def read_token(file: Path | None) -> str | None:
@@ -60,29 +48,32 @@ def read_token(file: Path | None) -> str | None:
     return wire.check_token(token, wire.TOKEN) if token else None
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(options: ServeOptions) -> None:
     """Load the rewards, and serve until interrupted. Raises ValueError or OSError for what the user can mend."""
-    if args.max_mb <= 0 or args.max_images <= 0:
+    if options.max_mb <= 0 or options.max_images <= 0:
         raise ValueError("--max_mb and --max_images must be positive")
-    token = read_token(args.token_file)
-    if token is None and not wire.is_loopback(args.host):
+    token = read_token(options.token_file)
+    if token is None and not wire.is_loopback(options.host):
         raise ValueError(
-            f"--host {args.host} is open to other machines, and there is no token: give --token_file, or set "
+            f"--host {options.host} is open to other machines, and there is no token: give --token_file, or set "
             f"{wire.TOKEN}"
         )
     if missing := [module for module in _MODULES if importlib.util.find_spec(module) is None]:
-        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'rlg[serve]'")
+        raise ValueError(f"serving needs {', '.join(missing)}: {extras.install('serve')}")
+    import torch
     import uvicorn
 
-    from rewards.app import Limits, create
+    from rewards.server.app import Limits, create
+    from rewards.server.callers import ImpatientProtocol
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _listen(args.host, args.port) as listener:  # before the rewards are loaded, which may take minutes
-        mix = build(args.reward, args.weights, device)
-        app = create(mix, token, Limits(args.max_mb, args.max_images))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _listen(options.host, options.port) as listener:  # before the rewards are loaded, which may take minutes
+        mix = build(options.reward, options.reward_weights, device)
+        app = create(mix, token, Limits(options.max_mb, options.max_images), local=wire.is_loopback(options.host))
         host, port = listener.getsockname()[:2]
         print(f"serving {', '.join(mix.names)} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        config = uvicorn.Config(app, limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=5, log_level="warning")
+        server = {"limit_concurrency": _CONNECTIONS, "timeout_graceful_shutdown": 5, "log_level": "warning"}
+        config = uvicorn.Config(app, http=ImpatientProtocol, ws="none", **server)
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -97,13 +88,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     """Command line."""
-    args = arguments()
-    try:
-        serve(args)
-    except (ValueError, OSError) as error:
-        stop(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    with fail_cleanly():
+        serve(COMMAND.parse())
 
 
 if __name__ == "__main__":

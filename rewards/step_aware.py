@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
-from rewards.models import difference
-from rewards.pixels import CLIP_MEAN, CLIP_STD
+from rewards.preprocessing import CLIP_MEAN, CLIP_STD
+from rewards.weights import difference
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -53,7 +53,12 @@ def clip_h_config() -> CLIPConfig:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, image_size: int = 64) -> CLIPConfig:
-    """A CLIP of about a million parameters for small images and a small vocabulary."""
+    """A CLIP of about a million parameters for small images and a small vocabulary.
+
+    Raises ValueError for a tokenizer that is no CLIP's, such as T5's.
+    """
+    if tokenizer.bos_token_id is None:
+        raise ValueError(f"a tiny CLIP needs a CLIP tokenizer, and the base model has a {type(tokenizer).__name__}")
     tower = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "projection_dim": 96}
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length} | tokens

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from rewards import Reward
 from rewards.background import DaemonExecutor
-from rewards.http import Server
-from rewards.wire import to_png
+from rewards.server.client import Server
+from rewards.server.wire import to_png
 
 CONCURRENT = 8  # requests at a time: servers batch them
 MAX_TOKENS = 512

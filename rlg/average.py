@@ -9,20 +9,43 @@ update of rank n r, [B_1 ... B_n] / n times the stacked A_i, with the same alpha
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlg.config_parser import Command, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageOptions:
+    """Options of `python -m rlg.average`."""
+
+    checkpoints: tuple[str, ...] = option(help="checkpoints of one run, or PEFT folders", metavar="CKPT", place=0)
+    base: str | None = option(None, "base model (default: the one that the adapters were trained on)")
+    output: Path = option(help="new folder for the adapter")
+    overwrite: bool = option(False, "replace the average that is there")
+
+
+COMMAND = Command("python -m rlg.average", AverageOptions, "Average the adapters of a run's checkpoints into one.")
+if __name__ == "__main__":
+    COMMAND.answer()
+
+import json
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlg import adapters, model_card
-from rlg.adapters import AdapterFile
-from rlg.cli import Parser, fail_cleanly
-from rlg.config import CONFIG
-from rlg.policy import Policy, base_of
+from rlg.cli import fail_cleanly
+from rlg.io import atomic, manifest
+from rlg.io.run_folder import AVERAGE, CONFIG
+from rlg.models import adapter_files, fingerprint
+from rlg.models.adapter_files import AdapterFile
+from rlg.models.loading import base_of
+from rlg.models.policy import Policy
+from rlg.models.tuned_model import TunedModel, resolve
+from rlg.publishing import model_card
 
 
 def mean_update(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -51,47 +74,61 @@ def check_alike(files: Sequence[AdapterFile]) -> None:
             raise ValueError(f"{file.path} is no plain LoRA of one rank and one alpha")
 
 
-def average(checkpoints: Sequence[str | Path], output: Path, base: str | None = None) -> None:
+def average(checkpoints: Sequence[str | Path], output: Path, base: str | None = None, overwrite: bool = False) -> None:
     """Write the mean of adapters to a new folder, as a PEFT folder and a diffusers file, with the first one's config.
 
-    Raises ValueError if the output is there already, or the adapters do not belong together.
+    The folder is there whole or not at all. average.json in it has the digests of the adapters and of the base. Raises
+    ValueError if the output is there already, unless it is an average and `overwrite`, or the adapters do not belong
+    together.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists; give --output another folder")
-    files = [adapters.read(path) for path in tqdm(checkpoints, desc="read", unit="adapter", disable=None)]
+    if output.exists() and not (output / AVERAGE).is_file():
+        raise ValueError(f"{output} exists, and is no average (no {AVERAGE}); give --output another folder")
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists; give --overwrite, or --output another folder")
+    models = [resolve(path) for path in checkpoints]
+    files = [model.adapter for model in tqdm(models, desc="read", unit="adapter", disable=None)]
     check_alike(files)
+    bases = {path: fingerprint.base_of(path) for path in checkpoints}
+    if len(known := {digest for digest in bases.values() if digest}) > 1:
+        raise ValueError(f"{', '.join(map(str, bases))} were trained on {len(known)} different bases of one name")
     config, count = files[0].config, len(files)
-    policy = Policy.load(base_of(checkpoints[0], base))
+    policy = Policy.load(base_of(models[0], base))
     policy.add_lora(count * config.r, count * config.lora_alpha, sorted(config.target_modules))
     for name, tensor in mean_update([file.tensors for file in files]).items():
-        parameter = policy.network.get_parameter(name.replace(".weight", f".{adapters.NAME}.weight"))
+        parameter = policy.network.get_parameter(name.replace(".weight", f".{adapter_files.NAME}.weight"))
         parameter.data.copy_(tensor)
-    policy.save_adapter(output)
-    settings = Path(checkpoints[0]) / CONFIG
+    output.parent.mkdir(parents=True, exist_ok=True)
+    place = atomic.temporary_of(output)
+    atomic.discard(place)
+    try:
+        _write(policy, models, place, output.name)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    atomic.publish(output)
+
+
+def _write(policy: Policy, models: Sequence[TunedModel], folder: Path, name: str) -> None:
+    policy.save_adapter(folder)
+    settings = Path(models[0].path) / CONFIG
     if settings.is_file():  # what the run was sampled with, which evaluation takes as its defaults
-        shutil.copy(settings, output / CONFIG)
-    model_card.write(output)
+        shutil.copy(settings, folder / CONFIG)
+    tuned = {f"adapter {number}": model.digest for number, model in enumerate(models, 1)}
+    atomic.write_text(folder / AVERAGE, json.dumps(fingerprint.record(tuned, policy.base, {}), indent=1) + "\n")
+    model_card.write(folder, name)
+    manifest.seal(folder)
 
 
-def build_parser() -> Parser:
-    """The command line."""
-    parser = Parser(prog="python -m rlg.average", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of one run, or PEFT folders")
-    parser.add_argument("--base", help="base model (default: the one that the adapters were trained on)")
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the adapter")
-    return parser
-
-
-def run(args: argparse.Namespace) -> None:
+def run(options: AverageOptions) -> None:
     """Average, and say where."""
-    average(args.checkpoints, args.output, args.base)
-    print(args.output)
+    average(options.checkpoints, options.output, options.base, options.overwrite)
+    print(options.output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     with fail_cleanly():
-        run(build_parser().parse_args(argv))
+        run(COMMAND.parse(argv))
 
 
 if __name__ == "__main__":

@@ -1,88 +1,73 @@
 """Evaluate a tuned model under Reinforcement Learning Guidance over a sweep of w.
 
-    python -m rlg.evaluate --ckpt runs/NAME/checkpoint-N --scales 0 0.25 0.5 0.75 1 1.5 2 3
+    python -m rlg.evaluate --ckpt runs/NAME/checkpoint-N --w 0 0.25 0.5 0.75 1 1.5 2 3
     python -m rlg.evaluate --tuned USER/REPO --base BASE     # made elsewhere: a LoRA, or a full fine-tuned network
     python -m rlg.evaluate --ckpt runs/A/checkpoint-N --ckpt runs/B/checkpoint-N --blend 0:1:0.1     # two experts
 
-What the rows mean is said in `rlg.evaluator`, and for two experts in `rlg.blend_evaluator`. What is already scored is
-not done again, but for a prompt at a scale that was cut off midway.
+What the rows mean is said in `rlg.evaluation.evaluator`, and for two experts in `rlg.evaluation.blend`. What is
+already scored is not done again, but for a prompt at a scale that was cut off midway.
 """
 
 from __future__ import annotations
 
-import argparse
+from rlg.evaluation import options
+
+if __name__ == "__main__":
+    options.COMMAND.answer()
+
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from rewards import RewardMix
-from rlg import adapters, hub, model_card, networks, run_lock, wandb_log
-from rlg import prompts as prompt_sets
-from rlg.blend_evaluator import (
-    BlendEvaluator,
-    BlendSettings,
-    allow_more_morl,
-    check_pair,
-    labels_of,
-    load_experts,
-    short_names,
-)
-from rlg.choose import Goal, choose
 from rlg.cli import fail_cleanly
-from rlg.eval_arguments import goal_of, parse, settings_of
-from rlg.eval_folder import Job, merge, prepare_folder
-from rlg.evaluator import EvalSettings, Evaluator, evaluate, progress, units_left
-from rlg.policy import Policy, base_of
-from rlg.prompts import Prompt
-from rlg.stats import Row
-from rlg.together import Interruption, together
-from rlg.weight_schedule import CONSTANT
+from rlg.config_parser import as_yaml
+from rlg.distributed import Interruption, together
+from rlg.evaluation.blend import BlendEvaluator, BlendSettings, allow_more_morl, load_experts, morl_name
+from rlg.evaluation.choose_w import Choice, Goal, choose
+from rlg.evaluation.evaluator import Evaluator, evaluate, progress, units_left
+from rlg.evaluation.folder import Job, merge, prepare_folder
+from rlg.evaluation.naming import names_of
+from rlg.evaluation.request import EvalRequest
+from rlg.evaluation.rows import Row
+from rlg.io.folders import held
+from rlg.io.run_folder import PAGE
+from rlg.models import fingerprint, full_networks
+from rlg.models.policy import Policy
+from rlg.models.tuned_model import TunedModel, resolve
+from rlg.prompts import Prompt, columns, spread
+from rlg.publishing import model_card, wandb_runs
+from rlg.reports import wandb_mirror
+from rlg.tasks import prompt_sets
+
+_NOT_IN_META = ("scales", "methods", "batch_size", "morl")  # settings that may differ between runs of one evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     with fail_cleanly():
-        run(parse(argv))
+        asked = options.completed(argv)
+        if asked.dry_run:
+            print(dry_run(asked), end="")
+        else:
+            run(options.request_of(asked, options.models_of(asked)))
 
 
-def home_of(tuned: str | Path) -> tuple[str, Path]:
-    """(name, folder) of the run that made an adapter; runs/NAME for a hub id and a full network, made elsewhere."""
-    if hub.is_id(tuned):
-        name = "--".join(Path(tuned).parts[:2])
-    elif networks.is_network(tuned):
-        path = Path(tuned).resolve()
-        name = path.parent.name if path.name in adapters.DENOISERS else path.name
-    else:
-        folder = Path(tuned).resolve().parent
-        return folder.name, folder
-    return name, Path("runs") / name
-
-
-def names_of(args: argparse.Namespace, settings: EvalSettings, goal: Goal | None) -> tuple[Path, dict[str, Any]]:
-    """The output folder, and what meta.json says of the models."""
-    runs = [(*home_of(ckpt), Path(ckpt).resolve().name) for ckpt in args.ckpts]
-    name, home, file = runs[0]
-    parts = [f"{settings.sampler}{settings.steps}", f"cfg{settings.cfg:g}", f"seed{settings.seed}"]
-    naming: dict[str, Any] = {"name": name, "adapter": " + ".join(str(Path(ckpt)) for ckpt in args.ckpts)}
-    if settings.origin is not None:
-        naming["name"] += f" from {Path(settings.origin).stem}"
-        parts.append(f"from-{Path(settings.origin).stem}")
-    if settings.schedule != CONSTANT:
-        parts.append(settings.schedule.replace(":", "_"))
-    if goal:
-        parts.append(f"{goal.option}{goal.value:g}")
-    if isinstance(settings, BlendSettings):
-        labels = labels_of([(name, file) for name, _, file in runs])
-        file = "-with-".join([file, *(f"{n}-{f}" for n, _, f in runs[1:])])
-        parts += [] if settings.blend_scale == 1 else [f"scale{settings.blend_scale:g}"]
-        morl = [str(Path(ckpt)) for ckpt in args.morl or []]
-        naming |= {"name": " + ".join(labels), "experts": short_names(labels), "morl": morl}
-    return args.output or home / "eval" / "-".join([file, *parts]), naming
+def dry_run(asked: options.EvalOptions) -> str:
+    """The options that hold, as YAML, and how many images they ask for. Raises ValueError for what does not fit."""
+    request = options.request_of(asked, options.models_of(asked))
+    (prompts,) = prompt_sets.load_each([request.prompts], request.prompt_column)
+    count = len(spread(prompts, request.num_prompts))
+    images = sum(len(scales) for _, scales in request.settings.sweeps()) * count * request.settings.k
+    how = "besides those that w is chosen by" if request.goal else f"{count} prompts of {request.prompts}"
+    return f"{as_yaml(asked)}# {images} images, {how}\n"
 
 
 @dataclass(frozen=True)
@@ -94,6 +79,7 @@ class Loaded:
     reward: RewardMix
     prompts: Sequence[Prompt]
     ids: Sequence[int]  # indices of the prompts that are used
+    tracking: wandb_runs.Tracking | None
 
 
 @dataclass(frozen=True)
@@ -102,109 +88,158 @@ class Evaluation:
 
     evaluator: Evaluator
     folder: Path
+    ids: Sequence[int]  # of the prompts that are reported: all but those that w was chosen on
     meta: dict[str, Any]  # of meta.json
+    record: Callable[[], fingerprint.Record]  # digests and versions, which are in meta.json too
     images: int  # prompts whose images are kept; -1 keeps all
     overwrite: bool
-    tracking: wandb_log.Tracking | None
+    tracking: wandb_runs.Tracking | None
     checkpoints: Sequence[Path]  # whose model cards show the curve
 
 
-def load(args: argparse.Namespace) -> Loaded:
+def load(request: EvalRequest) -> Loaded:
     """Models, rewards and prompts. Raises ValueError for what does not fit together."""
-    import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     import rewards
 
-    tracking = tracking_of(args)
-    settings_of(args), goal_of(args)  # refused before anything is loaded
-    base = base_of(args.ckpt, args.base)
-    if args.num_prompts is not None and args.num_prompts < 1:
-        raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
-    prompts = prompt_sets.load(_source(args))
-    trained, names = _reward_names(args)
-    if args.blend:
-        check_pair(args.ckpts, args.morl or [], trained)
+    tracking = tracking_of(request)
+    (prompts,) = prompt_sets.load_each([request.prompts], request.prompt_column)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)  # without being told, every process on the CPU believes that it is alone
     if tracking and state.is_main_process:
-        wandb_log.require()
-    reward = rewards.build(names, device=str(state.device))
-    policy = Policy.load(base, args.dtype or "float32", state.device)
-    if args.blend:
-        load_experts(policy, args.ckpts, args.morl or [])
-    else:
-        policy.load_tuned(args.ckpt)
+        wandb_runs.require()
+    reward = rewards.build(list(request.rewards), device=str(state.device))
+    ids = spread(prompts, request.num_prompts)
+    reward.check(*columns([prompts[i] for i in ids]))
+    policy = _policy(request, state.device)
     if policy.tuned is not None and state.is_main_process:
-        print(networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
-    return Loaded(state, policy, reward, prompts, prompt_sets.spread(prompts, args.num_prompts))
+        print(full_networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
+    return Loaded(state, policy, reward, prompts, ids, tracking)
 
 
-def _source(args: argparse.Namespace) -> str:
-    return args.prompts or "tinyworld:composition/test"
+def _policy(request: EvalRequest, device: torch.device) -> Policy:
+    policy = Policy.load(request.base, request.dtype, device, t5_length=request.t5_length, vae_dtype=request.vae_dtype)
+    if isinstance(request.settings, BlendSettings):
+        load_experts(policy, request.models, request.morl)
+    else:
+        policy.load_tuned(request.models[0])
+    return policy
 
 
-def _reward_names(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """(those that were trained on, all)."""
-    trained = list(args.rewards or ["jpeg_compressibility"])
-    return trained, list(dict.fromkeys([*trained, *(args.held_out or [])]))
+def begin(request: EvalRequest, loaded: Loaded) -> Evaluation:
+    """The evaluation that is asked for. Where a goal chooses w, images of the calibration prompts are made.
 
-
-def begin(args: argparse.Namespace, loaded: Loaded) -> Evaluation:
-    """The evaluation that the arguments ask for; writes nothing. Raises ValueError for settings that do not fit."""
-    settings, goal = settings_of(args), goal_of(args)
-    silent = None if loaded.state.is_main_process else True  # None: unless it is a terminal
-    kind = BlendEvaluator if isinstance(settings, BlendSettings) else Evaluator
-    evaluator = kind(loaded.policy, loaded.reward, loaded.prompts, settings)
-    folder, naming = names_of(args, settings, goal)
-    trained, names = _reward_names(args)
+    No file is written. Raises ValueError for settings that do not fit.
+    """
+    kind = BlendEvaluator if isinstance(request.settings, BlendSettings) else Evaluator
+    evaluator = kind(loaded.policy, loaded.reward, loaded.prompts, request.settings)
+    folder, naming = names_of(request)
+    chosen_on, ids = _split(request.goal, loaded.ids, request.calibration_prompts)
+    choice = None
+    if request.goal:
+        silent = None if loaded.state.is_main_process else True  # None: unless it is a terminal
+        choice = choose_w(request.goal, evaluator, chosen_on, request.rewards[0], silent)
+        evaluator = evaluator.with_scales(sorted({0.0, 1.0, choice.w}))
     meta = {
         **naming,
-        "base": base_of(args.ckpt, args.base),
-        "trained_rewards": [name.partition("=")[0] for name in trained],  # as the rows name them
-        "rewards": names,
-        "prompts": _source(args),
-        "num_prompts": len(loaded.ids),
-        "chosen": _choose(goal, evaluator, prompt_sets.spread(loaded.ids, args.calibration_prompts), names[0], silent),
-        "dtype": args.dtype or "float32",
-        **{k: v for k, v in asdict(settings).items() if k not in ("scales", "modes", "batch_size", "morl")},
+        "base": request.base,
+        "trained_rewards": [name.partition("=")[0] for name in request.trained_rewards],  # as the rows name them
+        "rewards": list(request.rewards),
+        "reward_models": loaded.reward.models or None,
+        "prompts": request.prompts,
+        "num_prompts": len(ids),
+        "chosen": _choice_row(request.goal, choice, len(chosen_on)),
+        "dtype": request.dtype,
+        "vae_dtype": request.vae_dtype,
+        "t5_length": request.t5_length,
+        **{k: v for k, v in asdict(request.settings).items() if k not in _NOT_IN_META},
     }
     return Evaluation(
-        evaluator, folder, meta, args.images, args.overwrite, tracking_of(args), list(map(Path, args.ckpts))
+        evaluator=evaluator,
+        folder=folder,
+        ids=ids,
+        meta=meta,
+        record=partial(_record, request, loaded),
+        images=request.images,
+        overwrite=request.overwrite,
+        tracking=loaded.tracking,
+        checkpoints=[Path(model.path) for model in request.models],
     )
 
 
-def tracking_of(args: argparse.Namespace) -> wandb_log.Tracking | None:
+def _record(request: EvalRequest, loaded: Loaded) -> fingerprint.Record:
+    """What the rows are made of; see `rlg.models.fingerprint`."""
+    import rewards
+
+    first, *others = request.models
+    origin = request.settings.origin
+    tuned = {"adapter": first.digest, "origin": origin and resolve(origin).digest}
+    tuned |= {f"adapter {place}": model.digest for place, model in enumerate(others, 2)}
+    tuned |= {morl_name(place): model.digest for place, model in enumerate(request.morl)}
+    packages = [module for name in request.rewards for module in rewards.lookup(name).modules]
+    places = rewards.places(list(request.rewards))
+    record = fingerprint.record(tuned, request.base, {"prompts": loaded.prompts}, places, packages)
+    if not request.base_is_given:
+        _check_base(request.models, request.base, record[fingerprint.DIGESTS].get("base"))
+    return record
+
+
+def _check_base(models: Sequence[TunedModel], base: str, found: str | None) -> None:
+    """Raise ValueError for an adapter that was trained on what its base's name does not stand for any more."""
+    for model in models:
+        trained_on = fingerprint.base_of(model.path)
+        if found and trained_on and trained_on != found:
+            changed = f"sha256 {trained_on[:12]}, now {found[:12]}"
+            raise ValueError(f"{model.path} was trained on another {base} than is there ({changed}); give --base")
+
+
+def tracking_of(request: EvalRequest) -> wandb_runs.Tracking | None:
     """Where the evaluation is mirrored to. Raises ValueError if that is not possible."""
-    if args.report_to == "none":
-        if args.log_adapter:
-            raise ValueError("--log_adapter keeps the adapter as an artifact of W&B; add --report_to wandb")
+    if request.project is None:
         return None
-    folders = [Path(ckpt) for ckpt in args.ckpts] if args.log_adapter else []
+    folders = [Path(model.path) for model in request.models] if request.log_adapter else []
     for folder in folders:
         if not model_card.files(folder):
             raise ValueError(f"--log_adapter: {folder} is no checkpoint of ours here")
-    return wandb_log.Tracking(args.project, tuple(folders))
+    return wandb_runs.Tracking(request.project, tuple(folders))
 
 
-def _choose(
-    goal: Goal | None, evaluator: Evaluator, ids: Sequence[int], reward: str, silent: bool | None
-) -> dict[str, Any] | None:
-    """Have the evaluator sweep over w = 0, 1 and the w of a goal, by the prompts `ids`; the `chosen` of meta.json."""
+def _split(goal: Goal | None, ids: Sequence[int], count: int) -> tuple[Sequence[int], Sequence[int]]:
+    """(prompts that w is chosen on, prompts that are reported). Raises ValueError where none are left to report."""
     if goal is None:
-        return None
+        return [], ids
+    chosen_on = [ids[place] for place in spread(ids, count)]
+    rest = [each for each in ids if each not in set(chosen_on)]
+    if not rest:
+        raise ValueError(
+            f"--calibration_prompts {count} of {len(ids)} leave none to report on: a w is reported on other prompts "
+            "than it was chosen on; lower it"
+        )
+    return chosen_on, rest
+
+
+def choose_w(goal: Goal, evaluator: Evaluator, ids: Sequence[int], reward: str, silent: bool | None) -> Choice:
+    """The w of a goal, from images of the prompts `ids`, with a progress bar and a line that says what it is."""
     with tqdm(desc=f"w for {goal.option}", unit="w", disable=silent) as bar:  # how many it tries is not known before
 
-        def rows_at(w: float) -> list[Row]:
-            rows = evaluator.rows_at(ids, w)
+        def rows_at(w: float, k: int) -> list[Row]:
+            rows = evaluator.rows_at(ids, w, k)
             bar.update()
             return rows
 
-        w = choose(goal, rows_at, reward)
-    print(f"--{goal.option} {goal.value:g}: w = {w:g}, by {len(ids)} prompts", file=sys.stderr)
-    evaluator.settings = replace(evaluator.settings, scales=tuple(sorted({0.0, 1.0, w})))
-    return asdict(goal) | {"w": w}
+        found = choose(goal, rows_at, reward, evaluator.settings.k)
+    share = "" if found.share is None else f", effective share {found.share:.0%} of {found.images} images"
+    print(f"--{goal.option} {goal.value:g}: w = {found.w:g}, by {len(ids)} prompts{share}", file=sys.stderr)
+    return found
+
+
+def _choice_row(goal: Goal | None, choice: Choice | None, prompts: int) -> dict[str, Any] | None:
+    """How w was chosen, for meta.json; None where it was not."""
+    if goal is None or choice is None:
+        return None
+    return asdict(goal) | {"calibration_prompts": prompts} | asdict(choice)
 
 
 def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
@@ -213,22 +248,23 @@ def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
     Raises ValueError where another process works in one of the folders. SIGINT and SIGTERM finish the unit at work,
     keep what is scored, and end the command with exit code 0.
     """
-    from rlg.report import write_report
+    from rlg.reports.evaluation_page import write_report
 
-    state, ids = loaded.state, loaded.ids
+    state = loaded.state
     with ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         with together():
             if state.is_main_process:
                 for evaluation in evaluations:
-                    stack.enter_context(run_lock.held(evaluation.folder))
+                    stack.enter_context(held(evaluation.folder))
                     _prepare(evaluation)
         share = state.process_index, state.num_processes
-        left = [sum(map(len, units_left(e.evaluator.settings, e.folder, ids, *share))) for e in evaluations]
+        left = [sum(map(len, units_left(e.evaluator.settings, e.folder, e.ids, *share))) for e in evaluations]
         with progress(sum(left), state.process_index) as bar:
             for evaluation in evaluations:
-                folder, tracking = evaluation.folder, evaluation.tracking if state.is_main_process else None
-                with wandb_log.evaluation_run(tracking, folder, evaluation.meta) as tracked:
+                folder, ids = evaluation.folder, evaluation.ids
+                tracking = evaluation.tracking if state.is_main_process else None
+                with wandb_mirror.evaluation_run(tracking, folder, evaluation.meta) as tracked:
                     evaluate(evaluation.evaluator, folder, ids, _keep(evaluation, ids), *share, bar, interruption)
                     state.wait_for_everyone()
                     if state.is_main_process:
@@ -238,33 +274,34 @@ def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
                         write_report(folder)
                         model_card.update_all(evaluation.checkpoints)
                     if tracked:
-                        wandb_log.log_evaluation(tracked, folder, tracking)
+                        wandb_mirror.log_evaluation(tracked, folder, tracking)
 
 
 def _prepare(evaluation: Evaluation) -> None:
     """Bring the folder into the state that the evaluation goes on from. Raises ValueError if it is of another one."""
-    if "morl" in evaluation.meta and not evaluation.overwrite:
-        allow_more_morl(evaluation.folder, evaluation.meta["morl"])
-    prepare_folder(evaluation.folder, evaluation.meta, evaluation.overwrite)
+    meta = evaluation.meta | evaluation.record()
+    if "morl" in meta and not evaluation.overwrite:
+        allow_more_morl(evaluation.folder, meta)
+    prepare_folder(evaluation.folder, meta, evaluation.overwrite)
     if evaluation.overwrite:
-        wandb_log.forget(evaluation.folder)
+        wandb_runs.forget(evaluation.folder)
     merge(evaluation.folder)
 
 
 def _keep(evaluation: Evaluation, ids: Sequence[int]) -> Callable[[Job], bool]:
     everything = evaluation.images < 0
-    shown = {ids[i] for i in prompt_sets.spread(ids, None if everything else evaluation.images)}
+    shown = {ids[i] for i in spread(ids, None if everything else evaluation.images)}
     shows = evaluation.evaluator.settings.shows
     return lambda job: shows(job) and job.prompt_id in shown and (job.k == 0 or everything)
 
 
-def run(args: argparse.Namespace) -> Path:
+def run(request: EvalRequest) -> Path:
     """Evaluate and report; returns the output folder."""
-    loaded = load(args)
-    evaluation = begin(args, loaded)
+    loaded = load(request)
+    evaluation = begin(request, loaded)
     finish([evaluation], loaded)
     if loaded.state.is_main_process:
-        print(evaluation.folder / "report.html")
+        print(evaluation.folder / PAGE)
     return evaluation.folder
 
 

@@ -1,91 +1,47 @@
-"""Publish an adapter on the hub: the PEFT folder, the diffusers file, the model card and the evaluations' curves.
+"""Publish an adapter on the hub.
 
-    python -m rlg.push --ckpt runs/NAME/checkpoint-N --repo USER/NAME --private
-
-The trainer's state, the config and the images stay here. A token is needed: `hf auth login`, or HF_TOKEN.
+python -m rlg.push CHECKPOINT REPO
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
-
-from rlg import hub, model_card
-from rlg.cli import Parser, fail_cleanly
+from rlg.config_parser import Command, option
 
 
-def check_token() -> None:
-    """Raise ValueError where nothing can be pushed: no token, or the hub's libraries are told to stay offline."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise ValueError("pushing needs the hub, and HF_HUB_OFFLINE is set")
-    if not huggingface_hub.get_token():
-        raise ValueError("pushing needs a token of the hub: `hf auth login`, or the variable HF_TOKEN")
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Options of `python -m rlg.push`."""
+
+    ckpt: Path = option(help="checkpoint-N of a run")
+    repo: str = option(help="repository, made if there is none", metavar="USER/NAME")
+    private: bool = option(False, "of a repository that is made: only you see it")
+    license: str | None = option(
+        None, "of the adapter, an id of the hub's such as apache-2.0 (default: none is stated)"
+    )
 
 
-def check_repo(repo: str) -> None:
-    """Raise ValueError for what is no name of a repository."""
-    huggingface_hub.utils.validate_repo_id(repo)
+COMMAND = Command(
+    "python -m rlg.push",
+    PushOptions,
+    "Publish an adapter on the hub, with its model card and the evaluations' curves.",
+)
+if __name__ == "__main__":
+    COMMAND.answer()
 
+from collections.abc import Sequence
 
-def push(checkpoint: Path, repo: str, private: bool = False, license: str | None = None) -> str:
-    """Create the repository if it is new, upload in one commit, and return its address.
-
-    repo: NAME in the token's own namespace, or USER/NAME. license: see `model_card.write`, which brings the card here
-    up to date too. Raises ValueError for a folder that is no checkpoint, a missing token, and what the hub refuses.
-    """
-    if not model_card.files(checkpoint):
-        raise ValueError(f"{checkpoint} is no checkpoint with an adapter in both formats; a trainer writes one")
-    model_card.check_license(license)
-    check_repo(repo)
-    check_token()
-    model_card.write(checkpoint, license=license)
-    with tempfile.TemporaryDirectory(prefix="rlg-push-") as place:
-        stage(checkpoint, Path(place))
-        api = huggingface_hub.HfApi(library_name="rlg")
-        try:
-            made = api.create_repo(repo, private=private or None, exist_ok=True)
-            api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=f"Upload {checkpoint.name}")
-        except Exception as error:  # the hub raises whatever it meets
-            again = f"python -m rlg.push --ckpt {checkpoint} --repo {repo}{' --private' if private else ''}"
-            raise ValueError(f"cannot push to {repo}: {hub.short(error)}; to try again: {again}") from error
-    return str(made)
-
-
-def stage(checkpoint: Path, place: Path) -> None:
-    """Copy what is published into an empty folder: the files of the checkpoint, and of its evaluations in eval/ID."""
-    for name in model_card.files(checkpoint):
-        (place / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(checkpoint / name, place / name)
-    if not model_card.is_users(checkpoint):
-        card = model_card.render(checkpoint, checkpoint.resolve().name, model_card.stated(checkpoint), "eval")
-        (place / model_card.CARD).write_text(card, encoding="utf-8", errors="replace")
-    for evaluated in model_card.evaluations(checkpoint):
-        if (evaluated.folder / model_card.CURVES).is_file():
-            folder = place / "eval" / evaluated.folder.name
-            folder.mkdir(parents=True)
-            shutil.copyfile(evaluated.folder / model_card.CURVES, folder / model_card.CURVES)
-
-
-def build_parser() -> Parser:
-    """The command line."""
-    parser = Parser(prog="python -m rlg.push", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint-N of a run")
-    add("--repo", required=True, metavar="USER/NAME", help="repository, made if there is none")
-    add("--private", action="store_true", help="of a repository that is made: only you see it")
-    add("--license", help="of the adapter, an id of the hub's such as apache-2.0 (default: none is stated)")
-    return parser
+from rlg.cli import fail_cleanly
+from rlg.publishing.hub_upload import push
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; prints the repository's address."""
-    args = build_parser().parse_args(argv)
     with fail_cleanly():
-        print(push(args.ckpt, args.repo, args.private, args.license))
+        options = COMMAND.parse(argv)
+        print(push(options.ckpt, options.repo, options.private, options.license))
 
 
 if __name__ == "__main__":

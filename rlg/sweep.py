@@ -19,362 +19,61 @@ RLG_REPORT_TO, `none` unless it is set. `wandb agent` sets WANDB_SWEEP_ID and WA
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import re
 import signal
-import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from rlg import run_lock
-from rlg.cli import Parser, fail_cleanly
-from rlg.config import CONFIG, check_links, check_type, read_yaml
-from rlg.sweep_folder import (
+from rlg import config_files
+from rlg.cli import fail_cleanly
+from rlg.config_parser import Command, option
+from rlg.io import folders
+from rlg.io.folders import check_links
+from rlg.runs.sweep_folder import (
     FAILED,
-    FINISHED,
-    INTERRUPTED,
-    LOGS,
-    RUNNING,
     TABLE,
     Sweep,
-    SweepRun,
-    check_metric,
-    history,
     open_sweep,
     write_sweep,
 )
-
-METHODS = ("grid", "random", "bayes")
-DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's
-_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")  # W&B's
-_OF_AGENTS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
-POLL_SECONDS = 0.1
-_MAX_ERROR = 300  # characters of a failed run's last line
+from rlg.runs.sweep_runner import Runner, command_line, draw, files_of, read_file
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """A sweep file. Raises ValueError, in one line, for what W&B's schema or this runner does not take."""
-    config = read_yaml(path)
-    if config.get("method") not in METHODS:
-        raise ValueError(f"{path}: method must be one of {', '.join(METHODS)}, got {config.get('method')!r}")
-    if not isinstance(config.get("program"), str):
-        raise ValueError(f"{path}: program is needed, the script that a run executes")
-    if not isinstance(config.get("parameters"), dict) or not config["parameters"]:
-        raise ValueError(f"{path}: parameters is needed, a mapping of at least one name")
-    check_type(f"{path}: command", config.get("command"), list[Any] | str | None)
-    check_type(f"{path}: run_cap", config.get("run_cap"), int | None)
-    try:
-        check_metric(config)
-        found = _library().schema_violations_from_proposed_config(_known(config))
-    except Exception as error:  # its schema's checks, and what they meet in a file that is far from one
-        found = [str(error)]
-    if found:
-        raise ValueError(f"{path}: {found[-1]}")  # the last names the parameter
-    if not Path(config["program"]).is_file():
-        raise ValueError(f"{path}: no such program: {config['program']} (from {Path.cwd()})")
-    if "early_terminate" in config:
-        warnings.warn(f"{path}: early_terminate is ignored, as it needs W&B's server", stacklevel=2)
-    return config
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Options of `python -m rlg.sweep`."""
+
+    file: Path = option(help="sweep file, in W&B's format (configs/sweeps/*.yaml)", place=0)
+    runs: int | None = option(None, "runs in all (default: the file's run_cap, or the whole grid)")
+    parallel: int = option(1, "runs at a time")
+    output: Path | None = option(None, "where the runs go (default: runs/sweeps/NAME, the file's name)")
+    seed: int = option(0, "decides what is drawn")
+    retry_failed: bool = option(False, "run failed runs again")
 
 
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The file without run_cap, which sweeps 0.2.0 does not know, but W&B and this runner do."""
-    return {name: value for name, value in config.items() if name != "run_cap"}
-
-
-def _library() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pydantic, about the style of its models
-            import sweeps
-    except ImportError as error:
-        raise ValueError(f"local sweeps need W&B's search library ({error}): pip install 'rlg[sweep]'") from error
-    return sweeps
-
-
-def draw(sweep: Sweep, folder: Path) -> dict[str, Any] | None:
-    """Parameters of the next run, by the file's method; None when a grid is used up.
-
-    They depend on (seed, number of runs so far) and, for bayes, on how those ended. Raises ValueError for parameters
-    that the method cannot draw.
-    """
-    sweeps = _library()
-    past = [_as_wandb(sweeps, sweep, run, folder) for run in sweep.runs]
-    with _seeded(sweep.seed * 1_000_003 + len(sweep.runs)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the fits of bayes
-        (suggested,) = sweeps.next_runs(sweeps.SweepConfig(_known(sweep.config)), past, n=1)
-    if suggested is None:
-        return None
-    return {name: _plain(entry["value"]) for name, entry in suggested.config.items()}
-
-
-def _as_wandb(sweeps: Any, sweep: Sweep, run: SweepRun, folder: Path) -> Any:
-    """A run as the search library knows it; one whose metric is missing has failed."""
-    values = history(folder / run.name, sweep.metric) if sweep.metric else []
-    state = {FINISHED: "finished", FAILED: "failed"}.get(run.status, "running")
-    if state == "finished" and sweep.metric and not values:
-        state = "failed"
-    return sweeps.SweepRun(
-        name=run.name,
-        state=sweeps.RunState(state),
-        config={name: {"value": value} for name, value in run.parameters.items()},
-        summaryMetrics={sweep.metric: values[-1]} if values else {},
-        sampledHistory=[{sweep.metric: value} for value in values],
-    )
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within, the global generators, which the search library draws from, begin at a seed; then they are put back."""
-    before = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def command_line(config: Mapping[str, Any], parameters: Mapping[str, Any], more: Sequence[str] = ()) -> list[str]:
-    """What `wandb agent` would execute, with our own Python for ${interpreter} and `more` after ${args}.
-
-    Raises ValueError for a macro that is not one of W&B's.
-    """
-    pairs = [f"{name}={value}" for name, value in parameters.items()]
-    flags = [f"--{n}" if value is True else f"--{n}={value}" for n, value in parameters.items() if value is not False]
-    macros = {
-        "env": ["/usr/bin/env"],
-        "interpreter": [sys.executable],
-        "program": [config["program"]],
-        "args": [f"--{text}" for text in pairs] + list(more),
-        "args_no_hyphens": pairs + list(more),
-        "args_no_boolean_flags": flags + list(more),
-        "args_no_equals": [text for n, value in parameters.items() for text in (f"--{n}", str(value))] + list(more),
-        "args_json": [json.dumps(dict(parameters)), *more],
-    }
-    line: list[str] = []
-    for chunk in map(str, config.get("command") or DEFAULT_COMMAND):
-        chunk = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), chunk)
-        if chunk.startswith("${") and chunk.endswith("}"):
-            if chunk[2:-1] not in macros:
-                raise ValueError(f"unknown macro {chunk} in command; known: {', '.join(macros)}")
-            line += macros[chunk[2:-1]]
-        else:
-            line.append(chunk)
-    return line
-
-
-def go_on(folder: Path) -> list[str]:
-    """Options with which a program goes on from what an earlier attempt left in the run's folder.
-
-    A trainer resumes from its last checkpoint, and begins anew if there is none yet; an evaluation needs no option.
-    """
-    if any(folder.glob("checkpoint-*/state.json")):
-        return ["--resume"]
-    return ["--overwrite"] if (folder / CONFIG).is_file() else []
-
-
-@dataclass
-class Job:
-    """A run that is being executed."""
-
-    run: SweepRun
-    process: subprocess.Popen
-    slot: int
-    started: float
-
-
-@dataclass
-class Runner:
-    """Executes a sweep in its folder, `parallel` runs at a time, until it has `limit` runs (None: until it ends)."""
-
-    sweep: Sweep
-    folder: Path
-    limit: int | None
-    parallel: int = 1
-    retry_failed: bool = False
-
-    def __post_init__(self) -> None:
-        again = (INTERRUPTED, FAILED) if self.retry_failed else (INTERRUPTED,)
-        self.waiting = [run for run in self.sweep.runs if run.status in again]
-        self.jobs: list[Job] = []
-
-    def execute(self) -> None:
-        """Run what is left. On KeyboardInterrupt the runs are asked to stop, waited for, and marked interrupted."""
-        total = self.limit if self.limit is not None else _grid_size(self.sweep.config)
-        done = len(self.sweep.runs) - len(self.waiting)
-        with tqdm(total=total, initial=done, desc=self.folder.name, unit="run") as bar:
-            try:
-                while self._fill() or self.jobs:
-                    self._collect(bar)
-                    time.sleep(POLL_SECONDS)
-            except KeyboardInterrupt:
-                self._stop()
-                raise
-            finally:
-                write_sweep(self.folder, self.sweep)
-
-    def _fill(self) -> bool:
-        """Start runs while there is room; whether one was started."""
-        started = False
-        while len(self.jobs) < self.parallel and (run := self._next()) is not None:
-            self._start(run)
-            started = True
-        return started
-
-    def _next(self) -> SweepRun | None:
-        if self.waiting:
-            return self.waiting.pop(0)
-        if self.limit is not None and len(self.sweep.runs) >= self.limit:
-            return None
-        parameters = draw(self.sweep, self.folder)
-        if parameters is None:
-            self.limit = len(self.sweep.runs)  # a grid that is used up
-            return None
-        self.sweep.runs.append(SweepRun(f"run-{len(self.sweep.runs):03d}", parameters))
-        return self.sweep.runs[-1]
-
-    def _start(self, run: SweepRun) -> None:
-        slot = min(set(range(self.parallel)) - {job.slot for job in self.jobs})
-        line = command_line(self.sweep.config, run.parameters, go_on(self.folder / run.name))
-        run.status, run.error = RUNNING, ""
-        write_sweep(self.folder, self.sweep)
-        (self.folder / LOGS).mkdir(exist_ok=True)
-        out, err = (self.folder / LOGS / f"{run.name}.{ending}" for ending in ("out", "err"))
-        with out.open("ab") as stdout, err.open("ab") as stderr:
-            process = subprocess.Popen(
-                line,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                env=self._environment(run, slot),
-                start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
-            )
-        self.jobs.append(Job(run, process, slot, time.monotonic()))
-
-    def _environment(self, run: SweepRun, slot: int) -> dict[str, str]:
-        environment = {name: value for name, value in os.environ.items() if name not in _OF_AGENTS}
-        paths = [str(Path(sys.executable).parent), *filter(None, [environment.get("PATH")])]
-        ours = {"RLG_SWEEP_DIR": str(self.folder), "RLG_SWEEP_RUN": run.name, "RLG_SWEEP_SLOT": str(slot)}
-        return {"RLG_REPORT_TO": "none"} | environment | ours | {"PATH": os.pathsep.join(paths)}
-
-    def _collect(self, bar: tqdm) -> None:
-        """Take note of the runs that have ended."""
-        for job in [job for job in self.jobs if job.process.poll() is not None]:
-            self.jobs.remove(job)
-            self._conclude(job, FINISHED if job.process.returncode == 0 else FAILED)
-            write_sweep(self.folder, self.sweep)
-            bar.update()
-        best = self.sweep.best()
-        shown = {"running": len(self.jobs), "failed": sum(run.status == FAILED for run in self.sweep.runs)}
-        bar.set_postfix(shown | ({"best": f"{best.metric:.4g}"} if best else {}), refresh=False)
-
-    def _conclude(self, job: Job, status: str) -> None:
-        run = job.run
-        run.status, run.seconds = status, run.seconds + time.monotonic() - job.started
-        values = history(self.folder / run.name, self.sweep.metric) if self.sweep.metric else []
-        run.metric = values[-1] if values else None
-        if status == FAILED:
-            run.error = last_line(self.folder / LOGS / f"{run.name}.err") or f"exit code {job.process.returncode}"
-        elif status == FINISHED and self.sweep.metric and not values:
-            run.error = f"it left no {self.sweep.metric}"
-
-    def _stop(self) -> None:
-        """Ask all runs to stop, wait until they have saved, and write down what became of them; again: kill them."""
-        try:
-            self._signal(signal.SIGINT)
-            while any(_alive(job.process) for job in self.jobs):
-                time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            self._signal(signal.SIGKILL)
-        for job in self.jobs:
-            job.process.wait()
-            self._conclude(job, INTERRUPTED)
-
-    def _signal(self, number: int) -> None:
-        for job in self.jobs:
-            try:
-                os.killpg(job.process.pid, number)
-            except ProcessLookupError:
-                continue
-
-
-def _alive(process: subprocess.Popen) -> bool:
-    """Whether a process of its group still works: a launcher may end before the trainer that it launched has saved."""
-    if process.poll() is None:
-        return True
-    import psutil  # accelerate brings it
-
-    for other in psutil.process_iter(["status"]):
-        try:
-            if os.getpgid(other.pid) == process.pid and other.info["status"] != psutil.STATUS_ZOMBIE:
-                return True
-        except (ProcessLookupError, PermissionError):
-            continue
-    return False
-
-
-def last_line(file: Path) -> str:
-    """The last line of a log that says something, cut to a readable length; progress bars write \\r for new lines."""
-    lines = re.split(r"[\r\n]+", file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
-    said = [line.strip() for line in lines if line.strip()]
-    return said[-1][:_MAX_ERROR] if said else ""
-
-
-def _grid_size(config: Mapping[str, Any]) -> int | None:
-    """Number of points of a grid of listed values; None where it is not that simple."""
-    entries = config["parameters"].values()
-    if config["method"] != "grid" or any("values" not in entry and "value" not in entry for entry in entries):
-        return None
-    return int(np.prod([len(entry.get("values", [0])) for entry in entries]))
-
-
-def build_parser() -> Parser:
-    """The command line."""
-    parser = Parser(prog="python -m rlg.sweep", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("file", type=Path, help="sweep file, in W&B's format (configs/sweeps/*.yaml)")
-    add("--runs", type=int, help="runs in all (default: the file's run_cap, or the whole grid)")
-    add("--parallel", type=int, default=1, help="runs at a time")
-    add("--output", type=Path, help="where the runs go (default: runs/sweeps/NAME, the file's name)")
-    add("--seed", type=int, default=0, help="decides what is drawn")
-    add("--retry_failed", action="store_true", help="run failed runs again")
-    return parser
+COMMAND = Command("python -m rlg.sweep", SweepOptions, __doc__)
 
 
 def run(argv: Sequence[str] | None = None) -> Sweep:
     """Execute the sweep of a command line, and print the table's path. Raises ValueError for what cannot be run."""
-    args = build_parser().parse_args(argv)
+    options = COMMAND.parse(argv)
     for name in ("runs", "parallel"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    config = read_file(args.file)
-    limit = args.runs or config.get("run_cap")
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    config = read_file(config_files.find(options.file))
+    limit = options.runs or config.get("run_cap")
     if limit is None and config["method"] != "grid":
-        raise ValueError(f"method {config['method']} does not end by itself; give --runs, or run_cap in {args.file}")
-    folder = args.output or Path("runs") / "sweeps" / args.file.stem
-    command_line(config, draw(Sweep(config, args.seed), folder) or {})  # refused before anything is written
+        raise ValueError(
+            f"method {config['method']} does not end by itself; give --runs, or run_cap in {options.file}"
+        )
+    folder = options.output or Path("runs") / "sweeps" / options.file.stem
+    command_line(config, draw(Sweep(config, options.seed), folder) or {})  # refused before anything is written
     check_links(folder)
-    with run_lock.held(folder):
-        sweep = open_sweep(folder, config, args.seed)
+    with folders.held(folder):
+        sweep = open_sweep(folder, config, options.seed, files_of(config))
         write_sweep(folder, sweep)
-        Runner(sweep, folder, limit, args.parallel, args.retry_failed).execute()
+        Runner(sweep, folder, limit, options.parallel, options.retry_failed).execute()
     print(folder / TABLE)
     return sweep
 

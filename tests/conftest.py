@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +19,70 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))  # tiny models lose time on more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models lose time on more, and workers share the cores
 
 import datasets
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from rewards import Reward, RewardMix
-from rlg.policy import Policy
+from rewards import REWARDS, Reward, RewardMix
+from rlg.models.backbones import backbone_of
+from rlg.models.policy import Policy
 from rlg.prompts import Prompt
-from rlg.tinyworld import models
-from trainers.dpo import OnlineDPOConfig, OnlineDPOTrainer
+from rlg.tinyworld import networks
+from tests.support import perturbed_kernels
+from tests.support.golden import RTOL, Golden
+from tests.support.smooth_rewards import SMOOTH, brightness
+from tests.support.tiny_families import FAMILIES
+from trainers.core.online import OnlineTrainer
+from trainers.dpo import DPOConfig, OnlineDPOTrainer
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.nft import NFTConfig, NFTTrainer
-from trainers.online import OnlineTrainer
 from trainers.rwr import RWRConfig, RWRTrainer
 from trainers.spo import SPOConfig, SPOTrainer
 
 ONLINE = {
     "grpo": (GRPOConfig, GRPOTrainer),
     "nft": (NFTConfig, NFTTrainer),
-    "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
+    "online_dpo": (partial(DPOConfig, online=True), OnlineDPOTrainer),
     "rwr": (RWRConfig, RWRTrainer),
     "spo": (SPOConfig, SPOTrainer),
 }
+pytest_plugins = ["tests.support.guided_pipelines"]
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue crosses", "three green squares")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`pytest tests/test_golden.py --record-golden` writes tests/golden/ anew; see CONTRIBUTING.md, Numerics."""
+    """`pytest tests/*/test_golden*.py --record-golden` writes tests/golden/ anew; see CONTRIBUTING.md, Numerics."""
     parser.addoption("--record-golden", action="store_true", help="record the golden files instead of comparing")
+    parser.addoption("--golden-rtol", type=float, default=RTOL, help="1e-5 where they were recorded")
+    parser.addoption("--kernels", choices=perturbed_kernels.DOUBLES, help="a double of torch's products on the CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install the double of `--kernels` in the tests' own process; see docs/reproducibility.md."""
+    if config.option.kernels:
+        double = perturbed_kernels.install(config.option.kernels)
+        config.add_cleanup(double._destroy)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Golden]:
+    """The recorded files, on one thread (sums in one order), with rewards that are smooth in the pixels.
+
+    Figures stay blank, and the packages that are installed are listed once: both take longer than what is recorded.
+    """
+    for name, spec in SMOOTH.items():
+        monkeypatch.setitem(REWARDS, name, spec)
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: Path(file).write_text("<svg></svg>"))
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", cache(packages_distributions))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Golden(request.config.option.record_golden, request.config.option.golden_rtol)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -60,21 +94,17 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         target = root / family
         if not target.exists():
             torch.manual_seed(0)
-            pipe = models.build(family)
-            for parameter in pipe.components[_denoiser(pipe)].parameters():
+            pipe = FAMILIES[family].build()
+            for parameter in backbone_of(pipe).denoiser(pipe).parameters():
                 if not parameter.any():  # zero-initialised layers would make every output 0
                     torch.nn.init.normal_(parameter, std=0.02)
-            models.save(pipe, target)
+            networks.save(pipe, target)
         return target
 
     return folder
 
 
-def _denoiser(pipe: object) -> str:
-    return "transformer" if hasattr(pipe, "transformer") else "unet"
-
-
-@pytest.fixture(params=models.FAMILIES)
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     """Each model family in turn."""
     return request.param
@@ -135,11 +165,6 @@ def check_contract(
     return scores
 
 
-def brightness(images_B3HW: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """A reward for tests: smooth, and quickly learnt by a random model."""
-    return images_B3HW.mean(dim=(1, 2, 3))
-
-
 def _png(level: float, noise: int) -> bytes:
     """A 64x64 image of a brightness, with its own noise."""
     pixels = 255 * (level + 0.1 * torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(noise)))
@@ -165,11 +190,14 @@ def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_online(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., OnlineTrainer]:
-    """An online trainer of a random model in fp32, 4 images an iteration unless options say otherwise."""
+    """An online trainer of a random model in fp32, 4 images an iteration unless options say otherwise.
 
-    def make(algorithm: str, family: str = "sd3", reward: Reward = brightness, **options: Any) -> OnlineTrainer:
+    It is of an algorithm in ONLINE, or of (its config, itself).
+    """
+
+    def make(algorithm: Any, family: str = "sd3", reward: Reward = brightness, **options: Any) -> OnlineTrainer:
         tiny = {
-            "model": str(tiny_folder(family)),
+            "base": str(tiny_folder(family)),
             "name": "run",
             "output_dir": str(tmp_path),
             "reward": ["brightness"],
@@ -180,15 +208,15 @@ def tiny_online(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[
             "learning_rate": 1e-2,
             "num_prompts": 2,
             "num_generations": 2,
-            "per_device_batch_size": 4,
-            "num_steps": 3,
-            "guidance_scale": 1.0,
+            "batch_size": 4,
+            "steps": 3,
+            "cfg": 1.0,
             "ema_decay": 0.0,
             "sample_steps": 0,
         }
-        config_type, trainer_type = ONLINE[algorithm]
+        config_type, trainer_type = ONLINE[algorithm] if isinstance(algorithm, str) else algorithm
         mix = RewardMix({"brightness": reward}, (1.0,))
-        return trainer_type(config_type(**tiny | options), mix, PROMPTS, PROMPTS)
+        return trainer_type(config_type(**tiny | options), reward=mix, prompts=PROMPTS, eval_prompts=PROMPTS)
 
     return make
 

@@ -8,8 +8,14 @@ x_t = alpha x0 + sigma n, with one t and one noise n for winner and loser; y is 
 are means over latent dimensions; ref is the network with its adapter off.
 
 beta has the paper's convention, with the factor 1/2: 5000 for models of noise, 100 for flow models. diffusers' LoRA
-script leaves the 1/2 out: its beta_dpo 2500 is 5000 here. `loss_type` hinge is max(0, 1 - margin) and ipo
-(margin - 1 / (2 beta))^2 on the same margin (the argument of the sigmoid above), as in that script.
+script leaves the 1/2 out: its beta_dpo 2500 is 5000 here. The margin m is the argument of the sigmoid above:
+
+    hinge   max(0, 1 - m)
+    ipo     (m - 1/2)^2 = beta^2 (m / beta - 1 / (2 beta))^2             (arXiv 2310.12036, eq. 17, with tau = beta)
+
+IPO regresses the log-ratio of the policies, which is m / beta, on 1 / (2 beta), so that the margin it aims at is 1/2
+at every beta. Its factor beta^2 keeps the gradient, hence its clipping, at the size of the sigmoid's; diffusers'
+script has none, and with its own beta its loss is ours times 4 / beta^2.
 
 Deviations from the public code
 1. Pairs without a preference are dropped and counted (diffusers' script trains on them as if the first had won).
@@ -23,97 +29,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rewards import RewardMix
-from rlg import process
-from rlg.backbones import Conditioning
-from rlg.policy import Policy
-from rlg.process import Process
-from rlg.prompts import Prompt
-from trainers import common, preference_data
-from trainers.common import TrainConfig
-from trainers.loop import Trainer
-from trainers.online import OnlineConfig, OnlineTrainer, Samples
-from trainers.preference_data import Batches, PairBatch
-
-LOSSES = ("sigmoid", "hinge", "ipo")
-
-
-@dataclass(kw_only=True)
-class LossConfig(TrainConfig):
-    """Options of the loss; the defaults are the paper's."""
-
-    beta: float = field(default=5000.0, metadata={"help": "strength of the KL, with the factor 1/2 of the paper"})
-    loss_type: str = field(default="sigmoid", metadata={"help": "sigmoid, hinge or ipo"})
-    min_noise: float = field(
-        default=0.0, metadata={"help": "noise levels are drawn from this share of the process on; 0: from all of it"}
-    )
-    caption_dropout: float = field(default=0.2, metadata={"help": "share of pairs trained with an empty caption"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.require_choice(self, "loss_type", LOSSES)
-        common.require_positive(self, "beta")
-        if not 0 <= self.min_noise < 1:
-            raise ValueError(f"min_noise must be at least 0 and less than 1, got {self.min_noise}")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}")
-
-
-@dataclass(kw_only=True)
-class DPOConfig(LossConfig):
-    """Options of offline DPO. `reward` is what held-out images are evaluated on; no reward is trained on."""
-
-    data: str = field(metadata={"help": "preference pairs: hub id, .parquet, .jsonl or a folder"})
-    data_split: str = field(default="train", metadata={"help": "split to train on"})
-    image_root: str | None = field(default=None, metadata={"help": "where relative image paths begin"})
-    streaming: bool = field(default=False, metadata={"help": "read pairs when they are needed: sets larger than disk"})
-    random_crop: bool = field(default=False, metadata={"help": "crop at a random place instead of the centre"})
-    true_sizes: bool = field(
-        default=False, metadata={"help": "condition on each image's own size and crop, where the model can"}
-    )
-    cache: bool = field(default=False, metadata={"help": "keep latents and encoded captions in memory"})
-    accumulation_steps: int = field(default=1, metadata={"help": "batches an optimizer step, on each process"})
-    test_split: str | None = field(
-        default=None, metadata={"help": "held-out pairs, for the implicit accuracy of every evaluation"}
-    )
-    test_pairs: int = field(default=500, metadata={"help": "how many of them"})
-    test_draws: int = field(default=16, metadata={"help": "noise levels, with a noise each, that a margin averages"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.require_positive(self, "accumulation_steps", "test_pairs", "test_draws")
-        if self.test_split and not self.eval_steps:
-            raise ValueError("test_split is read at evaluations; give eval_steps")
-        if self.cache and (self.random_crop or self.streaming):
-            raise ValueError("cache keeps latents of one crop of a set that fits; leave out random_crop and streaming")
-
-    def derived(self, processes: int) -> dict[str, int]:
-        """Counts that follow from the sizes."""
-        pairs = processes * self.per_device_batch_size * self.accumulation_steps
-        return {"processes": processes, "pairs_per_update": pairs, "pairs_in_total": pairs * self.max_steps}
-
-
-@dataclass(kw_only=True)
-class OnlineDPOConfig(OnlineConfig, LossConfig):
-    """Options of online DPO: a pair is the best and the worst of a group under the reward."""
-
-    def derived(self, processes: int) -> dict[str, int]:
-        """Counts that follow from the sizes; whole groups lie on one process."""
-        if self.num_prompts % (processes * self.num_updates):
-            raise ValueError(
-                f"num_prompts = {self.num_prompts} groups are not divisible by processes * num_updates = "
-                f"{processes * self.num_updates}"
-            )
-        counts = super().derived(processes)
-        return counts | {"pairs_per_update": self.num_prompts // self.num_updates}
+from rlg.diffusion import process
+from rlg.diffusion.conditioning import Conditioning
+from rlg.diffusion.process import Process
+from rlg.models.fingerprint import Record
+from rlg.models.policy import Policy
+from trainers.checkpoints import provenance
+from trainers.core.log import Log
+from trainers.core.loop import Trainer
+from trainers.core.online import AdvantageTrainer, Samples
+from trainers.core.setup import Given, Prompts, Rewards
+from trainers.data import preference_pairs
+from trainers.data.preference_pairs import Batches, PairBatch, Pairs
+from trainers.dpo_config import DPOConfig
 
 
 @dataclass(frozen=True)
@@ -145,7 +82,7 @@ def dpo_loss(errors: Errors, beta: float, loss_type: str = "sigmoid") -> tuple[T
     elif loss_type == "hinge":
         loss_B = (1 - margin_B).relu()
     else:
-        loss_B = (margin_B - 1 / (2 * beta)) ** 2
+        loss_B = (margin_B - 0.5) ** 2
     loss = loss_B.mean()
     metrics = {
         "loss": loss,
@@ -181,9 +118,9 @@ def noisier(whole: Process, share: float) -> Process:
 class PairLoss:
     """The loss of latent pairs under a trainer's policy, for both trainers."""
 
-    def __init__(self, trainer: Trainer, config: LossConfig):
+    def __init__(self, trainer: Trainer, config: DPOConfig):
         self.policy, self.accelerator, self.config = trainer.policy, trainer.accelerator, config
-        self.process = noisier(trainer.policy.process(), config.min_noise)
+        self.process = noisier(trainer.policy.process(trainer.config.resolution), config.min_noise)
 
     def __call__(self, pairs: LatentPairs, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss at one random noise level a pair."""
@@ -266,37 +203,62 @@ class DPOTrainer(Trainer):
     def __init__(
         self,
         config: DPOConfig,
-        reward: RewardMix | None = None,
-        prompts: Sequence[Prompt] = (),
-        eval_prompts: Sequence[Prompt] = (),
+        *,
+        policy: Policy | None = None,
+        reward: Rewards | None = None,
+        data: str | Path | Pairs | None = None,
+        held_out: Rewards | None = None,
+        eval_prompts: Prompts | None = None,
         accelerator: Accelerator | None = None,
-        held_out: RewardMix | None = None,
     ):
-        super().__init__(config, accelerator, reward, held_out, eval_prompts)
+        """Take what is given, and the rest by its name in the config; see `setup.Given` and `Trainer`."""
+        if config.online:
+            raise ValueError("online is on: OnlineDPOTrainer trains on its own samples, DPOTrainer on pairs")
+        given = Given(policy=policy, reward=reward, data=data, held_out=held_out, eval_prompts=eval_prompts)
+        super().__init__(config, given, accelerator)
+        config = self.config
         self.pair_loss = PairLoss(self, config)
         self.encode, self.encode_test = self._encoder(), self._encoder()
-        self.batches = self._batches(config.data_split)
+        self.batches = self._batches(config.data_split, data if isinstance(data, Pairs) else None)
         self.test = self._batches(config.test_split) if config.test_split else None
         self._stream: Iterator[PairBatch] | None = None
+        self.state.data = self
 
     def _encoder(self) -> PairEncoder:
         return PairEncoder(self.policy, self.config, self._resolution)
+
+    def save_place(self, step: int, folder: Path) -> None:
+        """Write where the pairs are before iteration `step`."""
+        self.batches.save_place(step * self.config.accumulation_steps, folder)
+
+    def load_place(self, step: int, folder: Path) -> None:
+        """Go on from there."""
+        self.batches.load_place(step * self.config.accumulation_steps, folder)
 
     @property
     def _resolution(self) -> int:
         return self.config.resolution or self.policy.image_size()
 
-    def _batches(self, split: str) -> Batches:
+    def _batches(self, split: str, pairs: Pairs | None = None) -> Batches:
         config, accelerator = self.config, self.accelerator
-        streaming = config.streaming and split == config.data_split
-        pairs = preference_data.load(config.data, split, streaming, image_root=config.image_root)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        if pairs is None:
+            streaming = config.streaming and split == config.data_split
+            pairs = preference_pairs.load(
+                config.data, split, streaming, image_root=config.image_root, rank=rank, world=world
+            )
         if accelerator.is_main_process:
             print(f"{split}: {pairs.counts}")
-        size, world = config.per_device_batch_size * accelerator.num_processes, accelerator.num_processes
+        size = config.batch_size * world
         crop = config.random_crop and split == config.data_split
-        return Batches(pairs, size, self._resolution, config.seed, crop, accelerator.process_index, world)
+        return Batches(pairs, size, self._resolution, config.seed, crop, rank, world)
 
-    def iteration(self, log: common.Log | None = None) -> dict[str, float]:
+    def record(self) -> Record:
+        """Digests and versions of what the run is made of."""
+        prompts = {"eval_prompts": self.eval_prompts}
+        return provenance.record(self.config, self.accelerator, prompts, self.config.data)
+
+    def iteration(self, log: Log | None = None) -> dict[str, float]:
         """One optimizer step; what it is trained on depends on (seed, step) alone."""
         started, config = time.perf_counter(), self.config
         self.begin_updates(config.accumulation_steps)
@@ -348,11 +310,17 @@ class DPOTrainer(Trainer):
         return {f"test/{name}": float(value) for name, value in values.items()}
 
 
-class OnlineDPOTrainer(OnlineTrainer):
+class OnlineDPOTrainer(AdvantageTrainer):
     """Pairs are the best and the worst of each group of the policy's own samples, under the reward."""
 
     shown = ("reward", "loss", "accuracy", "seconds_per_image")
-    config: OnlineDPOConfig
+    config: DPOConfig
+
+    def load(self, given: Given) -> None:
+        """Load rewards and prompts. Raises ValueError for a config of offline DPO."""
+        if not self.config.online:
+            raise ValueError("online is off: DPOTrainer trains on pairs, OnlineDPOTrainer on its own samples")
+        super().load(given)
 
     @cached_property
     def pair_loss(self) -> PairLoss:
@@ -373,7 +341,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         chunks = torch.arange(len(best)).split(-(-len(best) // config.num_updates))
         collected: list[dict[str, Tensor]] = []
         for chunk in chunks:
-            batches = chunk.split(config.per_device_batch_size)
+            batches = chunk.split(config.batch_size)
             self.begin_updates(len(batches))
             for groups in batches:
                 captions = [self.prompts[i].text for i in samples.prompt_B[groups * size].tolist()]
@@ -392,3 +360,8 @@ def best_and_worst(score_GK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     start_G = torch.arange(len(score_GK)) * score_GK.shape[1]
     best_G, worst_G = score_GK.argmax(dim=1), score_GK.argmin(dim=1)
     return start_G + best_G, start_G + worst_G, best_G != worst_G
+
+
+def trainer_of(config: DPOConfig) -> type[DPOTrainer] | type[OnlineDPOTrainer]:
+    """The trainer of a config: of pairs that exist, or online."""
+    return OnlineDPOTrainer if config.online else DPOTrainer

@@ -21,6 +21,10 @@ Deviations from the public code
    give the same rollouts.
 5. Without a KL (beta = 0), samples whose advantage is exactly 0 get no pass: what they add to the gradient is 0. The
    loss is still the mean over all; `approx_kl`, `clip_fraction` and `ratio_max` are of the others.
+6. Under classifier-free guidance the gradient goes through both branches: that is the gradient of what is sampled, and
+   that of DDPO, DanceGRPO and the code behind Flow-GRPO's published models. Flow-GRPO's later code (July 2025 on)
+   detaches the unconditional branch: `detach_unconditional`. In a first update of tiny-sd3 at CFG 4.5 that gradient is
+   three times as long, and its cosine with the other is 0.79.
 
     accelerate launch train_grpo.py --config configs/tiny/grpo_sd3_compressibility.yaml
 """
@@ -32,86 +36,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from rewards import RewardMix
 from rewards.background import EarlyScores
-from rlg import process, sampling
-from rlg.backbones import Conditioning
-from rlg.process import Schedule
-from rlg.prompts import Prompt
-from rlg.sampling import Trajectory
-from trainers import common
-from trainers.online import OnlineConfig, OnlineTrainer
-
-KL_CONVENTIONS = ("gaussian", "flow_grpo")
-RATIOS = ("ppo", "guard")
-
-
-@dataclass(kw_only=True)
-class GRPOConfig(OnlineConfig):
-    """Options of GRPO; the defaults are Flow-GRPO's."""
-
-    num_iterations: int = field(default=1, metadata={"help": "passes over an iteration's images (inner epochs)"})
-    kernel: str = field(default="sde", metadata={"help": "sde (flow SDE, or DDIM) or cps"})
-    noise_level: float = field(default=0.7, metadata={"help": "of the kernel; eta for DDIM"})
-    window_size: int = field(default=0, metadata={"help": "stochastic steps, in one random window; 0: all steps"})
-    window_start: int = field(default=0, metadata={"help": "windows do not begin before this step"})
-    window_end: int | None = field(default=None, metadata={"help": "windows lie before this step (default: half)"})
-    num_train_steps: int | None = field(
-        default=None, metadata={"help": "random stochastic steps trained (default: all)"}
-    )
-    skip_last_step: bool = field(default=True, metadata={"help": "never train on the last step (Flow-GRPO's 0.99)"})
-    epsilon: float = field(default=1e-4, metadata={"help": "clip range of the ratio"})
-    beta: float = field(default=0.0, metadata={"help": "KL coefficient"})
-    kl_convention: str = field(default="gaussian", metadata={"help": "gaussian (true KL) or flow_grpo (without dt)"})
-    ratio: str = field(default="ppo", metadata={"help": "ppo, or guard (GRPO-Guard's normalised ratio)"})
-    update_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "samples times steps in a pass of the update: part of a batch, or several steps of it"},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.require_choice(self, "kernel", ("sde", "cps"))
-        common.require_choice(self, "kl_convention", KL_CONVENTIONS)
-        common.require_choice(self, "ratio", RATIOS)
-        common.require_positive(self, "num_iterations", "noise_level", "num_train_steps", "window_end", "epsilon")
-        common.require_positive(self, "update_batch_size")
-        self._check_update_batch_size()
-        for name in ("beta", "window_size", "window_start"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        end = self.window_start + self.window_size
-        if self.window_size and not end <= self.last_window_step <= self.trained_steps:
-            raise ValueError(
-                f"a window of {self.window_size} steps from {self.window_start} on must end by window_end = "
-                f"{self.last_window_step}, and that by the last step that is trained, {self.trained_steps} of "
-                f"{self.num_steps}"
-            )
-
-    def _check_update_batch_size(self) -> None:
-        size, batch = self.update_batch_size or self.per_device_batch_size, self.per_device_batch_size
-        if size % batch and batch % size:
-            raise ValueError(
-                f"update_batch_size = {size} must divide per_device_batch_size = {batch}, or be its multiple"
-            )
-
-    @property
-    def last_window_step(self) -> int:
-        """Windows lie before this step; the first half is Flow-GRPO-Fast's choice."""
-        return self.window_end or self.num_steps // 2
-
-    @property
-    def trained_steps(self) -> int:
-        """Steps before this one may be trained."""
-        return self.num_steps - self.skip_last_step
-
-    def derived(self, processes: int) -> dict[str, int]:
-        """As of every online trainer, with the inner epochs."""
-        counts = super().derived(processes)
-        return counts | {"updates_per_iteration": self.num_updates * self.num_iterations}
+from rlg.diffusion import process, sampling
+from rlg.diffusion.conditioning import Conditioning
+from rlg.diffusion.process import Schedule
+from rlg.diffusion.sampling import Trajectory
+from rlg.guidance.guided import with_cfg
+from trainers.core.online import AdvantageTrainer
+from trainers.grpo_config import GRPOConfig
 
 
 def grpo_loss(
@@ -201,37 +135,31 @@ class Rollout:
     references: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # outputs that inner epochs share
 
 
-class GRPOTrainer(OnlineTrainer):
+class GRPOTrainer(AdvantageTrainer):
     """Rollout, reward, advantages, update; see the module's docstring."""
 
     maxima = ("ratio_max",)
     config: GRPOConfig
 
-    def __init__(
-        self,
-        config: GRPOConfig,
-        reward: RewardMix,
-        prompts: Sequence[Prompt],
-        eval_prompts: Sequence[Prompt] = (),
-        accelerator: Accelerator | None = None,
-        held_out: RewardMix | None = None,
-    ):
-        super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
+    def set_up(self) -> None:
+        """Add the policy that is trained. Raises ValueError for steps that the kernel has not."""
+        config = self.config
+        self.trained_with_cfg = with_cfg(self.policy.predict, self.negative, config.cfg, config.detach_unconditional)
         _, steps = self._schedule(torch.Generator())
         if len(steps) < (config.num_train_steps or 1):
             raise ValueError(
                 f"num_train_steps = {config.num_train_steps or 1}, but {len(steps)} steps are stochastic and trained"
             )
-        together = max(1, (config.update_batch_size or 1) // config.per_device_batch_size)
+        together = max(1, (config.update_batch_size or 1) // config.batch_size)
         if len(steps) % together:
             raise ValueError(
                 f"update_batch_size = {config.update_batch_size} takes {together} steps of a batch at once, which do "
                 f"not divide the {len(steps)} that are trained"
             )
 
-    def evaluation_schedule(self) -> Schedule:
+    def sampler(self, steps: int) -> Schedule:
         """The kernel that is trained, stochastic in every step."""
-        return self.policy.schedule(self.config.num_steps, self.config.kernel, self.config.noise_level)
+        return self.schedule(steps, self.config.kernel, self.config.level)
 
     def rollout(self) -> Rollout:
         """Sample this process's share of the iteration; what it is depends on (seed, iteration) alone."""
@@ -243,7 +171,9 @@ class GRPOTrainer(OnlineTrainer):
         for part in parts:
             with self.accelerator.autocast():
                 batches.append(
-                    sampling.rollout(self.tuned, schedule, part.cond, part.noise, keep_means=config.ratio == "guard")
+                    sampling.rollout(
+                        self.tuned_with_cfg, schedule, part.cond, part.noise, keep_means=config.ratio == "guard"
+                    )
                 )
             images.append(self.decode(batches[-1].x0, part, early))
         prompt_B = torch.cat([part.prompt_B for part in parts])
@@ -258,7 +188,7 @@ class GRPOTrainer(OnlineTrainer):
             places = config.last_window_step - config.window_size - config.window_start + 1
             first = config.window_start + int(torch.randint(places, (1,), generator=generator))
             window = (first, first + config.window_size)
-        schedule = self.policy.schedule(config.num_steps, config.kernel, config.noise_level, window)
+        schedule = self.schedule(config.steps, config.kernel, config.level, window)
         steps = [i for i in schedule.stochastic_steps() if i < config.trained_steps]
         if config.num_train_steps:
             picked = torch.randperm(len(steps), generator=generator)[: config.num_train_steps].tolist()
@@ -268,8 +198,8 @@ class GRPOTrainer(OnlineTrainer):
     def update(self, roll: Rollout, advantage_B: Tensor) -> dict[str, float]:
         """All optimizer steps of the iteration; returns mean metrics."""
         config, accelerator = self.config, self.accelerator
-        advantages = advantage_B.split(config.per_device_batch_size)
-        size = config.update_batch_size or config.per_device_batch_size
+        advantages = advantage_B.split(config.batch_size)
+        size = config.update_batch_size or config.batch_size
         cut = [passes(b, a.cpu(), roll.train_steps, size, config.beta == 0) for b, a in enumerate(advantages)]
         self.begin_updates(len(roll.batches) // config.num_updates * len(cut[0]))
         collected: list[dict[str, Tensor]] = []
@@ -289,7 +219,7 @@ class GRPOTrainer(OnlineTrainer):
         t_B = torch.cat([sampling.times(roll.schedule, i, len(x) // count) for i in part.steps])
         cond = Conditioning.cat([part.rows(roll.conds[part.batch])] * count)
         with self.accelerator.autocast():
-            outs = self.tuned(x, t_B, cond).chunk(count)
+            outs = self.trained_with_cfg(x, t_B, cond).chunk(count)
         references = self._references(roll, part, x, t_B, cond) if self.config.beta else [None] * count
         rows = [
             self._step_loss(roll, part, i, *outputs, part.rows(advantage_B))
@@ -303,7 +233,7 @@ class GRPOTrainer(OnlineTrainer):
         out = roll.references.get(key)
         if out is None:
             with torch.no_grad(), self.accelerator.autocast():
-                out = self.reference(x, t_B, cond)
+                out = self.base_with_cfg(x, t_B, cond)
         if self.config.num_iterations > 1:
             roll.references[key] = out
         return out.chunk(len(part.steps))

@@ -15,38 +15,21 @@ and each round tilts once more: expert iteration, after which beta is known no l
    of one. It also takes most of the noise out of the gradient, which W close to 1 then hardly has.
 2. W is normalised within the group: with K samples it is biased towards equal weights, the less the larger the
    effective share of the group, which is logged as `ess`.
-3. Rewards are not scaled, and `scale_rewards` and `advantage_clip` have no part in it.
+3. Rewards are neither scaled nor clipped.
 
     accelerate launch train_rwr.py --config configs/equivalence/rwr_sd3_compressibility.yaml
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
-from rlg.backbones import Conditioning
-from rlg.process import KERNELS, Schedule
-from trainers import common
-from trainers.online import DenoisingTrainer, OnlineConfig, Samples
-
-
-@dataclass(kw_only=True)
-class RWRConfig(OnlineConfig):
-    """Options of reward-weighted regression."""
-
-    beta: float = field(default=0.1, metadata={"help": "KL coefficient: samples count for exp(reward / beta)"})
-    num_train_steps: int = field(default=4, metadata={"help": "noise levels that each sample is trained at"})
-    on_policy: bool = field(default=False, metadata={"help": "samples of the trained model instead of the base"})
-    kernel: str = field(default="ode", metadata={"help": "sampler: ode, sde (flow SDE, or DDIM) or cps"})
-    noise_level: float = field(default=0.7, metadata={"help": "of a stochastic sampler; eta for DDIM"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.require_positive(self, "beta", "num_train_steps", "noise_level")
-        common.require_choice(self, "kernel", KERNELS)
+from rlg.diffusion.conditioning import Conditioning
+from rlg.diffusion.process import Schedule
+from trainers.core.denoising import DenoisingTrainer
+from trainers.core.online import Samples
+from trainers.rwr_config import RWRConfig
 
 
 def tilted_weights(reward_B: Tensor, group_B: Tensor, beta: float) -> Tensor:
@@ -77,14 +60,14 @@ class RWRTrainer(DenoisingTrainer):
     neutral = 1.0
     config: RWRConfig
 
-    def evaluation_schedule(self) -> Schedule:
+    def sampler(self, steps: int) -> Schedule:
         """The sampler whose law is tilted."""
-        return self.policy.schedule(self.config.num_steps, self.config.kernel, self.config.noise_level)
+        return self.schedule(steps, self.config.kernel, self.config.level)
 
     def rollout(self) -> Samples:
         """Sample this process's share of the iteration."""
-        policy = self.tuned if self.config.on_policy else self.reference
-        return self.sample_groups(policy, self.parts(torch.Generator().manual_seed(self.iteration_seed())))
+        bare = self.policy.predict if self.config.on_policy else self.policy.reference
+        return self.sample_groups(bare, self.parts(torch.Generator().manual_seed(self.iteration_seed())))
 
     def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
         """(B,) weights, 1 on average."""

@@ -23,7 +23,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,56 +37,31 @@ from tqdm import tqdm
 
 from rewards import step_aware
 from rewards.step_aware import StepAwareModel
-from rlg import process
-from rlg.guidance import with_cfg
-from rlg.policy import Policy
-from rlg.sampling import SampleId
-from rlg.state import load_optimizer, save_optimizer
-from rlg.stats import Estimate, bootstrap_mean, paired_difference
-from rlg.together import Interruption
-from trainers import common, engines, preference_data, saving
-from trainers.checkpoint import DAMAGED, read_state, truncate_metrics
-from trainers.common import RunConfig
-from trainers.preference_data import Batches, PairBatch
-from trainers.skips import SKIPPED, Skips, finite_mean
+from rlg.diffusion import process
+from rlg.diffusion.sampling import SampleId
+from rlg.distributed import Interruption, together
+from rlg.guidance.guided import with_cfg
+from rlg.io.optimizer_state import load_optimizer, save_optimizer
+from rlg.io.run_folder import METRICS, TRAINER_STATE, checkpoint_at, state_file
+from rlg.models.fingerprint import Record
+from rlg.models.policy import Policy
+from rlg.stats import Estimate, grouped_mean, paired_difference
+from trainers.checkpoints import checkpoint_folder, engines, provenance
+from trainers.checkpoints.checkpoint import DAMAGED, read_state, truncate_metrics
+from trainers.checkpoints.nonfinite import SKIPPED, Skips, finite_mean
+from trainers.core.log import Log
+from trainers.core.run_folder import run_folder, write_config
+from trainers.core.setup import Given, load_policy, named, round_products
+from trainers.core.start import begin
+from trainers.core.zero_gradients import ADAPTER, dense_parameters, zero_share
+from trainers.data import preference_pairs
+from trainers.data.preference_pairs import Batches, PairBatch, Pairs
+from trainers.spm_config import SPMConfig
 
 AWARE, BLIND = "step_aware", "time_blind"
 REPORT = "accuracy.json"
 FIGURE = "accuracy.png"
 TINY = "tiny"
-_STATE = "trainer_state"
-
-
-@dataclass(kw_only=True)
-class SPMConfig(RunConfig):
-    """Options; the defaults are those of the official model for Stable Diffusion 1.5 (4 GPUs)."""
-
-    data: str = field(metadata={"help": "preference pairs: hub id, .parquet, .jsonl or a folder"})
-    data_split: str = field(default="train", metadata={"help": "split to train on"})
-    test_split: str | None = field(default="test", metadata={"help": "held-out split (none: no measurement)"})
-    image_root: str | None = field(default=None, metadata={"help": "where relative image paths begin"})
-    streaming: bool = field(default=False, metadata={"help": "read training pairs when they are needed"})
-    clip: str = field(
-        default="yuvalkirstain/PickScore_v1", metadata={"help": "CLIP to start from: hub id, folder, or tiny"}
-    )
-    guidance_scale: float = field(default=5.0, metadata={"help": "classifier-free guidance of x0_hat"})
-    compare: bool = field(default=True, metadata={"help": "also train the time-blind scorer, on clean images"})
-    accumulation_steps: int = field(default=16, metadata={"help": "batches an optimizer step, on each process"})
-    per_device_batch_size: int = field(default=2, metadata={"help": "pairs a batch"})
-    max_steps: int = field(default=8000, metadata={"help": "optimizer steps"})
-    learning_rate: float = field(default=3e-6, metadata={"help": "of AdamW"})
-    weight_decay: float = field(default=0.3, metadata={"help": "of AdamW"})
-    test_pairs: int = field(default=500, metadata={"help": "held-out pairs"})
-    test_bins: int = field(default=10, metadata={"help": "noise levels at which they are compared"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.require_positive(self, "accumulation_steps", "test_pairs", "test_bins")
-
-    def derived(self, processes: int) -> dict[str, int]:
-        """Counts that follow from the sizes."""
-        pairs = processes * self.per_device_batch_size * self.accumulation_steps
-        return {"processes": processes, "pairs_per_update": pairs, "pairs_in_total": pairs * self.max_steps}
 
 
 def spm_loss(margin_B: Tensor, label_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,28 +103,47 @@ class Scorer:
 class SPMTrainer:
     """Both scorers, and the base model that makes their images; see the module's docstring."""
 
-    def __init__(self, config: SPMConfig, accelerator: Accelerator | None = None):
-        self.config, self.step = config, 0
-        self.accelerator = accelerator or common.make_accelerator(config)
+    def __init__(
+        self,
+        config: SPMConfig,
+        *,
+        policy: Policy | None = None,
+        data: str | Path | Pairs | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        """Take what is given, and the rest by its name in the config; see `setup.Given` and `loop.Trainer`."""
+        given = Given(policy=policy, data=data)
+        self.config = config = named(config, given)
+        config.check_inputs(given.unnamed)
+        self.step = 0
+        self.record: Record = {}
+        self.accelerator = accelerator or begin(config)
         engines.require_plain(self.accelerator, "two models at once")
         self.skips = Skips(self.accelerator, config.folder, config.max_skipped)
-        self.policy = Policy.load(config.model, config.dtype, self.accelerator.device)
-        self.process = self.policy.process()
-        self.predict = with_cfg(self.policy.reference, self.policy.encode([""]), config.guidance_scale)
-        pairs = self._pairs(config.data_split, config.streaming)
+        self.policy = load_policy(config, self.accelerator, policy)
+        self.process = self.policy.process(config.resolution)
+        self.base_with_cfg = with_cfg(self.policy.reference, self.policy.encode([""]), config.cfg)
+        pairs = data if isinstance(data, Pairs) else self._pairs(config.data_split, config.streaming)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = config.per_device_batch_size
+        size = config.batch_size
         self.batches = self._batches(pairs, size * world, rank, world)
         self.test = None if config.test_split is None else self._batches(self._pairs(config.test_split), size)
         self.scorers = [self._scorer(name) for name in ((AWARE, BLIND) if config.compare else (AWARE,))]
 
-    def _pairs(self, split: str, streaming: bool = False) -> preference_data.Pairs:
-        pairs = preference_data.load(self.config.data, split, streaming, image_root=self.config.image_root)
+    def _pairs(self, split: str, streaming: bool = False) -> Pairs:
+        pairs = preference_pairs.load(
+            self.config.data,
+            split,
+            streaming,
+            image_root=self.config.image_root,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
         if self.accelerator.is_main_process:
             print(f"{split}: {pairs.counts}")
         return pairs
 
-    def _batches(self, pairs: preference_data.Pairs, size: int, rank: int = 0, world: int = 1) -> Batches:
+    def _batches(self, pairs: Pairs, size: int, rank: int = 0, world: int = 1) -> Batches:
         side = self.config.resolution or self.policy.image_size()
         return Batches(pairs, size, side, self.config.seed, rank=rank, world=world)
 
@@ -183,7 +177,7 @@ class SPMTrainer:
         latents = self.policy.encode_images(torch.cat([batch.winners_B3HW, batch.losers_B3HW]))
         rows, noise = rows_B.repeat(2), noise_BCHW.to(latents.device).repeat(2, 1, 1, 1)
         x_t, _ = process.noise(self.process, rows, latents, noise)
-        out = self.predict(x_t, self.process.time[rows].to(x_t.device), self.policy.encode(batch.captions * 2))
+        out = self.base_with_cfg(x_t, self.process.time[rows].to(x_t.device), self.policy.encode(batch.captions * 2))
         return self.policy.decode(process.clean(self.process, rows, x_t, out))
 
     def iteration(self, batches: Iterator[PairBatch]) -> dict[str, float]:
@@ -219,6 +213,8 @@ class SPMTrainer:
                     parameters = [p for p in scorer.wrapped.parameters() if p.requires_grad]
                     norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
                     row["grad_norm"] = torch.as_tensor(norm).detach()
+                    if self.step == 0:
+                        row[ADAPTER] = zero_share(dense_parameters(scorer.wrapped))
                     if self.skips.must(norm):  # a margin that is not finite has no finite gradient
                         scorer.optimizer.zero_grad()
                 scorer.optimizer.step()
@@ -230,18 +226,20 @@ class SPMTrainer:
     def _latent_shape(self) -> tuple[int, int, int]:
         return self.policy.latent_shape(self.config.resolution)
 
-    def train(self) -> None:
-        """Run until `max_steps` or an interruption, save, and measure."""
+    def train(self) -> Path:
+        """Run until `max_steps` or an interruption, save, and measure; returns the last checkpoint."""
         config = self.config
-        with common.run_folder(config, self.accelerator):
+        round_products(config, self.accelerator)
+        with run_folder(config, self.accelerator):
+            self.record = provenance.record(config, self.accelerator, {}, config.data)
             if config.resume:
                 self.resume()
-            with saving.explaining(config.folder):
-                self._loop()
+            with checkpoint_folder.explaining(config.folder), Log(config, self.accelerator) as log:
+                self._loop(log)
+        return checkpoint_at(config.folder, self.step)
 
-    def _loop(self) -> None:
-        config, accelerator = self.config, self.accelerator
-        log, count = common.Log(config, accelerator), config.accumulation_steps
+    def _loop(self, log: Log) -> None:
+        config, accelerator, count = self.config, self.accelerator, self.config.accumulation_steps
         batches = self.batches.iterate(self.step * count, config.max_steps * count)
         saved = self.step if config.resume else None
         main = accelerator.is_main_process
@@ -261,38 +259,42 @@ class SPMTrainer:
         if accelerator.is_main_process:
             if self.test is not None and self.step == config.max_steps:
                 write_report(self.accuracy_by_noise(), config.folder)
-            print(config.folder / f"checkpoint-{self.step}")
+            print(checkpoint_at(config.folder, self.step))
         accelerator.wait_for_everyone()
-        accelerator.end_training()
 
     def save(self) -> int:
         """Write checkpoint-N, whole or not at all; returns N."""
-        with saving.written(self.config, self.accelerator, self.step) as folder:
+        with checkpoint_folder.written(self.config, self.accelerator, self.step) as folder:
+            (folder / TRAINER_STATE).mkdir(exist_ok=True)
+            self.batches.save_place(self.step * self.config.accumulation_steps, folder / TRAINER_STATE)
             if self.accelerator.is_main_process:
-                (folder / _STATE).mkdir()
                 for scorer in self.scorers:
                     scorer.model.save(folder / scorer.name)
-                    save_optimizer(scorer.optimizer, folder / _STATE / f"{scorer.name}.safetensors")
-                common.write_config(self.config, folder)
-                row = {"step": self.step, "base": self.config.model, "counters": self.skips.counters()}
-                saving.write_state(folder, row)
+                    save_optimizer(scorer.optimizer, state_file(folder, scorer.name))
+                write_config(self.config, folder, provenance.changes_of(self.config.folder))
+                row = {"step": self.step, "base": self.config.base, "counters": self.skips.counters()}
+                checkpoint_folder.write_state(folder, row | self.record)
         return self.step
 
     def resume(self) -> None:
         """Restore the last whole checkpoint. Raises ValueError if there is none, or it does not fit."""
-        found = saving.to_resume(self.config.folder, self.accelerator)
+        found = checkpoint_folder.to_resume(self.config.folder, self.accelerator)
+        with together():
+            provenance.check_changes(self.config, self.record, found, read_state(found))
         try:
             for scorer in self.scorers:
                 scorer.model.load_state_dict(load_file(found / scorer.name / step_aware.WEIGHTS))
-                load_optimizer(scorer.optimizer, found / _STATE / f"{scorer.name}.safetensors")
+                load_optimizer(scorer.optimizer, state_file(found, scorer.name))
             row = read_state(found)
         except DAMAGED as error:
             reason = " ".join(str(error).split())[:240]
             raise ValueError(f"cannot resume from {found} with these settings: {reason}") from error
         self.step = row["step"]
         self.skips.restore(row.get("counters", {}))
+        self.batches.load_place(self.step * self.config.accumulation_steps, found / TRAINER_STATE)
         if self.accelerator.is_main_process:
-            truncate_metrics(self.config.folder / common.METRICS, self.step)
+            truncate_metrics(self.config.folder / METRICS, self.step)
+            provenance.note_changes(self.config, self.step)
 
     @torch.no_grad()
     def accuracy_by_noise(self) -> dict[str, Any]:
@@ -306,7 +308,7 @@ class SPMTrainer:
         captions: list[str] = []
         for scorer in self.scorers:
             scorer.model.eval()
-        for number in tqdm(range(-(-count // config.per_device_batch_size)), desc="held-out pairs", disable=None):
+        for number in tqdm(range(-(-count // config.batch_size)), desc="held-out pairs", disable=None):
             batch = self.test.batch(number)
             captions += batch.captions
             for place in range(config.test_bins + 1):
@@ -327,7 +329,7 @@ class SPMTrainer:
         device = self.accelerator.device
         if place == self.config.test_bins:
             return torch.cat([batch.winners_B3HW, batch.losers_B3HW]), torch.zeros(len(batch), device=device)
-        first = number * self.config.per_device_batch_size
+        first = number * self.config.batch_size
         seeds = [SampleId(self.config.seed, first + i, place).generator("held-out noise") for i in range(len(batch))]
         rows_B = torch.cat([torch.randint(edges[place], edges[place + 1], (1,), generator=g) for g in seeds])
         noise = torch.stack([torch.randn(self._latent_shape, generator=g) for g in seeds])
@@ -340,7 +342,7 @@ def _report(correct: dict[str, Tensor], captions: Sequence[str], edges: Sequence
 
     def point(rows: dict[str, Tensor], groups: list[str]) -> dict[str, Any]:
         values = {name: row.numpy() for name, row in rows.items()}
-        found = {name: _interval(bootstrap_mean(row, groups)) for name, row in values.items()}
+        found = {name: _interval(grouped_mean(row, groups)) for name, row in values.items()}
         if BLIND in values:
             found["difference"] = _interval(paired_difference(values[AWARE], values[BLIND], groups))
         return found

@@ -28,101 +28,24 @@ Legend: B chains or pairs of a batch, K candidates, P pairs of one process.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rewards import RewardMix
+from rewards import RewardMix, step_aware
 from rewards.background import EarlyScores
-from rlg import process, sampling
-from rlg.backbones import Conditioning
-from rlg.guidance import with_cfg
-from rlg.process import Schedule
-from rlg.prompts import Prompt
-from trainers import common
-from trainers.online import OnlineConfig, OnlineTrainer, Part
-
-_UNUSED = ("scale_rewards", "advantage_clip", "reward_aggregation")  # there are no advantages
-
-
-@dataclass(kw_only=True)
-class SPOConfig(OnlineConfig):
-    """Options of SPO; the defaults are those of the official run on Stable Diffusion 1.5 (4 GPUs)."""
-
-    MIN_GENERATIONS = 1
-
-    reward: list[str] = field(
-        default_factory=list, metadata={"help": "rewards that judge candidates, if preference_model does not"}
-    )
-    preference_model: str | None = field(
-        default=None, metadata={"help": "step-aware model that judges candidates: a folder, or .safetensors"}
-    )
-    num_prompts: int = field(default=40, metadata={"help": "prompts an iteration, over all processes"})
-    num_generations: int = field(default=1, metadata={"help": "chains a prompt"})
-    per_device_batch_size: int = field(default=10, metadata={"help": "chains, or pairs, a batch"})
-    num_steps: int = field(default=20, metadata={"help": "denoising steps of a sample"})
-    kernel: str = field(default="sde", metadata={"help": "sde (flow SDE, or DDIM) or cps"})
-    noise_level: float = field(default=1.0, metadata={"help": "of the kernel; eta for DDIM"})
-    guidance_scale: float = field(default=5.0, metadata={"help": "classifier-free guidance of a sample"})
-    train_guidance: float | None = field(
-        default=None, metadata={"help": "guidance of policy and reference in the loss (default: guidance_scale)"}
-    )
-    divert_start_step: int = field(default=4, metadata={"help": "first step with candidates"})
-    divert_end_step: int | None = field(default=None, metadata={"help": "steps from here on have none (default: all)"})
-    compare_every: int = field(default=1, metadata={"help": "steps that candidates go before they are compared"})
-    num_candidates: int = field(default=4, metadata={"help": "candidates drawn from one x"})
-    threshold: float = field(default=0.3, metadata={"help": "least difference of the softmax of the two scores"})
-    score_scale: float = field(default=1.0, metadata={"help": "scores are multiplied by this before the softmax"})
-    pairs_per_update: int | None = field(
-        default=40, metadata={"help": "pairs an optimizer step, over all processes (none: those of an iteration)"}
-    )
-    beta: float = field(default=10.0, metadata={"help": "strength of the preference"})
-    epsilon: float = field(default=0.1, metadata={"help": "clip range of the ratios"})
-    learning_rate: float = field(default=6e-5, metadata={"help": "of AdamW"})
-    lora_rank: int = field(default=4, metadata={"help": "rank of the LoRA, whose weights are always float32"})
-    lora_alpha: int = field(default=4, metadata={"help": "LoRA alpha"})
-    ema_decay: float = field(default=0.0, metadata={"help": "moving average of the LoRA; 0 turns it off"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        common.require_choice(self, "kernel", ("sde", "cps"))
-        common.require_positive(self, "noise_level", "compare_every", "score_scale", "pairs_per_update", "beta")
-        if not self.reward and not self.preference_model:
-            raise ValueError("nothing judges the candidates: give reward, or preference_model")
-        if self.num_candidates < 2:
-            raise ValueError(f"a pair needs at least 2 candidates, got num_candidates {self.num_candidates}")
-        if not 0 <= self.divert_start_step < self.last_step <= self.num_steps:
-            raise ValueError(
-                f"no step has candidates: divert_start_step {self.divert_start_step} and divert_end_step "
-                f"{self.last_step} must lie in this order within the {self.num_steps} steps"
-            )
-        for name in ("threshold", "epsilon"):
-            if not 0 <= getattr(self, name) < 1 or (name == "epsilon" and self.epsilon == 0):
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        if self.num_updates != 1:
-            raise ValueError(f"SPO counts updates by pairs: give pairs_per_update, not num_updates {self.num_updates}")
-        ignored = [f.name for f in fields(self) if f.name in _UNUSED and getattr(self, f.name) != f.default]
-        if ignored:
-            warnings.warn(f"SPO has no advantages: {', '.join(ignored)} is ignored", stacklevel=2)
-
-    @property
-    def last_step(self) -> int:
-        """Steps before this one may have candidates."""
-        return self.num_steps if self.divert_end_step is None else self.divert_end_step
-
-    def derived(self, processes: int) -> dict[str, int]:
-        """As of every online trainer, but updates are counted by pairs, of which these are upper bounds."""
-        counts = super().derived(processes)
-        del counts["images_per_update"], counts["updates_per_iteration"]
-        pairs = counts["images_per_iteration"] * (self.last_step - self.divert_start_step)
-        updates = -(-pairs // self.pairs_per_update) if self.pairs_per_update else 1
-        return counts | {"pairs_per_iteration_at_most": pairs, "updates_per_iteration_at_most": updates}
+from rlg.diffusion import process, sampling
+from rlg.diffusion.conditioning import Conditioning, Outputs
+from rlg.diffusion.process import Schedule
+from rlg.diffusion.sampling import Step, trajectory
+from rlg.guidance.guided import with_cfg
+from trainers.core.online import OnlineTrainer, Part
+from trainers.core.setup import Given
+from trainers.spo_config import SPOConfig
 
 
 def spo_loss(
@@ -226,28 +149,23 @@ class SPOTrainer(OnlineTrainer):
     shown = ("reward", "preference_mean", "pairs_kept", "loss")
     config: SPOConfig
 
-    def __init__(
-        self,
-        config: SPOConfig,
-        reward: RewardMix | None,
-        prompts: Sequence[Prompt],
-        eval_prompts: Sequence[Prompt] = (),
-        accelerator: Accelerator | None = None,
-        held_out: RewardMix | None = None,
-        scorer: StepScorer | None = None,
-    ):
-        super().__init__(config, reward, prompts, eval_prompts, accelerator, held_out)
-        if scorer is None and reward is None:
-            raise ValueError("nothing judges the candidates: give a reward or a scorer")
-        self.scorer: StepScorer = scorer or RewardScorer(self.reward)
-        scale = config.guidance_scale if config.train_guidance is None else config.train_guidance
-        self.train_tuned = with_cfg(self.policy.predict, self.negative, scale)
-        self.train_reference = with_cfg(self.policy.reference, self.negative, scale)
-        self.segments = self._segments(self.evaluation_schedule())
+    def load(self, given: Given) -> None:
+        """Load rewards, prompts, and what judges: the step-aware model where the config names one."""
+        super().load(given)
+        name, device = self.config.preference_model, self.accelerator.device
+        self.scorer: StepScorer = step_aware.load(name).to(device) if name else RewardScorer(self.reward)
 
-    def evaluation_schedule(self) -> Schedule:
+    def set_up(self) -> None:
+        """Add the policies of the loss, and the races. Raises ValueError if no step is stochastic."""
+        config = self.config
+        scale = config.cfg if config.train_cfg is None else config.train_cfg
+        self.train_tuned_with_cfg = with_cfg(self.policy.predict, self.negative, scale)
+        self.train_base_with_cfg = with_cfg(self.policy.reference, self.negative, scale)
+        self.segments = self._segments(self.sampler(config.steps))
+
+    def sampler(self, steps: int) -> Schedule:
         """The kernel that is trained, stochastic in every step."""
-        return self.policy.schedule(self.config.num_steps, self.config.kernel, self.config.noise_level)
+        return self.schedule(steps, self.config.kernel, self.config.level)
 
     def _segments(self, schedule: Schedule) -> list[tuple[int, int]]:
         """(first, last) of each race: first <= i < last are its steps. Raises ValueError if there is none."""
@@ -263,7 +181,7 @@ class SPOTrainer(OnlineTrainer):
     @torch.no_grad()
     def rollout(self) -> Rollout:
         """This process's chains and pairs; what they are depends on (seed, iteration) and the scores alone."""
-        schedule = self.evaluation_schedule()
+        schedule = self.sampler(self.config.steps)
         parts = self.parts(torch.Generator().manual_seed(self.iteration_seed()))
         images, pairs, scores, count = [], [], [], 0
         early = EarlyScores(self.reward) if self.reward else None
@@ -284,42 +202,46 @@ class SPOTrainer(OnlineTrainer):
         )
 
     def _chains(self, schedule: Schedule, part: Part, first_chain: int) -> tuple[Tensor, list[Pairs], Tensor]:
-        """(x0, pairs of each race, all scores) of a batch of chains."""
-        races, i = dict(self.segments), 0
+        """(x0, pairs of each race, all scores) of a batch of chains: alone, through every race, and alone again."""
         choosers = [sample.generator("choice") for sample in part.noise.ids]
-        x: Tensor = part.noise.initial()
-        out = self._predict(schedule, 0, x, part.cond)
-        pairs, scores = [], []
-        while i < len(schedule):
-            if i in races:
-                race = self._race(schedule, (i, races[i]), x, out, part)
-                pairs.append(self._pairs(race, i, first_chain))
-                scores.append(race.score_KB.flatten())
-                rows = torch.arange(len(x))
-                chosen = torch.cat([torch.randint(self.config.num_candidates, (1,), generator=g) for g in choosers])
-                x, i = race.states_KSBCHW[chosen, -1, rows], races[i]
-                out = race.outs_KBCHW[chosen, rows] if race.outs_KBCHW is not None else None
-            else:
-                noise = part.noise.step() if schedule.std[i] > 0 else None
-                x, i = process.step(schedule, i, x, out, noise), i + 1
-                out = self._predict(schedule, i, x, part.cond)
+        x, (first, last) = part.noise.initial(), (self.segments[0][0], self.segments[-1][1])
+        for step in self._steps(schedule, (0, first), x, None, part):
+            x = step.x_next_BCHW
+        out = self._predict(schedule, first, x, part.cond)
+        pairs, scores, rows = [], [], torch.arange(len(x))
+        for span in self.segments:
+            race = self._race(schedule, span, x, out, part)
+            pairs.append(self._pairs(race, span[0], first_chain))
+            scores.append(race.score_KB.flatten())
+            chosen = torch.cat([torch.randint(self.config.num_candidates, (1,), generator=g) for g in choosers])
+            x = race.states_KSBCHW[chosen, -1, rows]
+            out = race.outs_KBCHW[chosen, rows] if race.outs_KBCHW is not None else None
+        for step in self._steps(schedule, (last, len(schedule)), x, out, part):
+            x = step.x_next_BCHW
         return x, pairs, torch.cat(scores)
+
+    def _steps(
+        self, schedule: Schedule, span: tuple[int, int], x: Tensor, out: Tensor | None, part: Part
+    ) -> Iterator[Step]:
+        """Steps first <= i < last from x; out: the network's output at x, where it is known."""
+        outputs = None if out is None else Outputs(out)
+        places = {"start": span[0], "stop": span[1]}
+        return trajectory(self._predict_at, schedule, part.cond, part.noise, x=x, outputs=outputs, **places)
 
     def _predict(self, schedule: Schedule, i: int, x: Tensor, cond: Conditioning) -> Tensor | None:
         """The network's output before step i; None after the last."""
-        if i == len(schedule):
-            return None
+        return None if i == len(schedule) else self._predict_at(x, sampling.times(schedule, i, len(x)), cond)
+
+    def _predict_at(self, x: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         with self.accelerator.autocast():
-            return self.tuned(x, sampling.times(schedule, i, len(x)), cond).float()
+            return self.tuned_with_cfg(x, t_B, cond).float()
 
     def _race(self, schedule: Schedule, span: tuple[int, int], x: Tensor, out: Tensor, part: Part) -> Race:
         """Candidates one after the other, so that a batch of the network is no larger than the config says."""
         states, outs, scores = [], [], []
         for _ in range(self.config.num_candidates):
-            path, ahead = [x], out
-            for i in range(*span):
-                path.append(process.step(schedule, i, path[-1], ahead, part.noise.step()))
-                ahead = self._predict(schedule, i + 1, path[-1], part.cond)
+            path = [x, *(step.x_next_BCHW for step in self._steps(schedule, span, x, out, part))]
+            ahead = self._predict(schedule, span[1], path[-1], part.cond)
             states.append(torch.stack(path))
             outs.append(ahead)
             scores.append(self._score(schedule, span[1], path[-1], ahead, part))
@@ -331,7 +253,7 @@ class SPOTrainer(OnlineTrainer):
         x0 = x if out is None else process.predict_x0(schedule, i, x, out)
         t_B = torch.zeros(len(x), device=x.device) if out is None else sampling.times(schedule, i, len(x))
         prompts = [self.prompts[p] for p in part.prompt_B.tolist()]
-        images = self.policy.decode(x0, self.config.per_device_batch_size)
+        images = self.policy.decode(x0, self.config.batch_size)
         score_B = self.scorer.score(images, [p.text for p in prompts], [p.metadata for p in prompts], t_B)
         return score_B.detach().float().cpu()
 
@@ -361,6 +283,10 @@ class SPOTrainer(OnlineTrainer):
         metrics |= {"preference_mean": float(score_N.mean()), "preference_std": float(score_N.std(unbiased=False))}
         return torch.zeros(len(samples.prompt_B)), metrics
 
+    def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
+        """(B,) zeros: it is pairs of candidates that count."""
+        return torch.zeros_like(total_B)
+
     def update(self, roll: Rollout, advantage_B: Tensor) -> dict[str, float]:
         """All optimizer steps of the iteration: none if no pair was kept."""
         config, rank = self.config, self.accelerator.process_index
@@ -380,7 +306,7 @@ class SPOTrainer(OnlineTrainer):
 
     def _one_update(self, roll: Rollout, chosen: Tensor) -> list[dict[str, Tensor]]:
         """One optimizer step on these of this process's pairs, in batches of one size; [] if no process has any."""
-        size, world = self.config.per_device_batch_size, self.accelerator.num_processes
+        size, world = self.config.batch_size, self.accelerator.num_processes
         counts = self._on_all(len(chosen))
         passes, total = -(-int(counts.max()) // size), int(counts.sum())
         if not total:
@@ -410,8 +336,8 @@ class SPOTrainer(OnlineTrainer):
         t_B, cond = schedule.t[pairs.step_P].repeat(copies), Conditioning.cat([roll.cond[pairs.chain_P]] * copies)
         with self.accelerator.autocast():
             with torch.no_grad():
-                refs = self.train_reference(x, t_B, cond).chunk(copies)
-            outs = self.train_tuned(x, t_B, cond).chunk(copies)
+                refs = self.train_base_with_cfg(x, t_B, cond).chunk(copies)
+            outs = self.train_tuned_with_cfg(x, t_B, cond).chunk(copies)
 
         def log_ratio(x: Tensor, x_next: Tensor, side: int) -> Tensor:
             logp, ref = (process.log_prob_at(schedule, pairs.step_P, x, y[side], x_next) for y in (outs, refs))

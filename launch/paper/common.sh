@@ -14,8 +14,8 @@ for pattern in 'text_encoders/*' '*.bin' '*.ckpt' '*.fp16.*' '*.onnx*' '*.msgpac
     unread+=(--exclude "$pattern")
 done
 gpus=(accelerate launch --config_file launch/accelerate/8gpu.yaml)
-tiny=(--max_steps 1 --num_prompts 2 --num_generations 2 --per_device_batch_size 4)
-tiny+=(--num_steps 3 --num_train_steps 1 --overwrite)
+tiny=(--max_steps 1 --num_prompts 2 --num_generations 2 --batch_size 4)
+tiny+=(--steps 3 --num_train_steps 1 --overwrite)
 
 run() { # a command
     if [ -n "$dry_run" ]; then printf '%q ' "$@"; echo; else "$@"; fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Human preference: SD 1.5 + DPO, SDXL + SPO and SD 3.5 Medium + Flow-GRPO, as published, by four metrics; needs the
-# extra rlg[hpsv2].
+# extra [hpsv2].
 #   bash launch/paper/human_preference.sh            on 8 GPUs, into runs/paper/; 3.5 Medium needs `hf auth login`
 #   bash launch/paper/human_preference.sh --smoke    on a tiny model, into runs/paper-smoke/; under a minute
 set -euo pipefail

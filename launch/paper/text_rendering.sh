@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Text rendering: SD 3.5 Medium + Flow-GRPO, as published, by OCR; needs the extra rlg[ocr].
+# Text rendering: SD 3.5 Medium + Flow-GRPO, as published, by OCR; needs the extra [ocr].
 #   bash launch/paper/text_rendering.sh            on 8 GPUs, into runs/paper/; 3.5 Medium needs `hf auth login`
 #   bash launch/paper/text_rendering.sh --smoke    on a tiny model, into runs/paper-smoke/; under a minute
 set -euo pipefail

@@ -6,7 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-NAMES = ("tiny-sd", "tiny-sd3", "tiny-sdxl")
+from rlg.choices import WORLD_MODELS
+
+NAMES = WORLD_MODELS
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -26,7 +28,7 @@ def _random_sdxl() -> Path:
     if not (cache / "model_index.json").is_file():
         import torch
 
-        from rlg.tinyworld.models import build, save
+        from rlg.tinyworld.networks import build, save
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

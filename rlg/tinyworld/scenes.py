@@ -1,10 +1,10 @@
 """The tinyworld: 64x64 captioned scenes of coloured shapes and of signs, with GenEval-format metadata.
 
-A scene holds one to four shapes (`rewards.blobs.SHAPES`, in `PALETTE` colours) on light paper, or one sign with two to
-four printed characters. Captions and metadata follow GenEval (arXiv 2310.11513): the tags single_object, two_object,
-counting, colors, position, color_attr and `include: [{class, count, color?, position?}]`; a sign's tag is `text`.
-A fixed quarter of the captions (and a quarter of the possible signs) is the test split: neither pretraining nor RL
-sees it. Shapes keep to the cells of a 2x2 grid with jitter, so they never touch.
+A scene holds one to four shapes (`rewards.detectors.blobs.SHAPES`, in `PALETTE` colours) on light paper, or one sign
+with two to four printed characters. Captions and metadata follow GenEval (arXiv 2310.11513): the tags single_object,
+two_object, counting, colors, position, color_attr and `include: [{class, count, color?, position?}]`; a sign's tag is
+`text`. A fixed quarter of the captions (and a quarter of the possible signs) is the test split: neither pretraining
+nor RL sees it. Shapes keep to the cells of a 2x2 grid with jitter, so they never touch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rewards.blobs import CROSS_ARM, PALETTE, SHAPES, SIGN, SIGN_FRAME
+from rewards.detectors.blobs import CROSS_ARM, PALETTE, SHAPES, SIGN, SIGN_FRAME
 from rlg.prompts import Prompt
 
 SIZE = 64
@@ -37,6 +37,14 @@ SIGN_BOX = (60, 38)  # width, height in pixels
 def plural(name: str) -> str:
     """Plural of a shape's name."""
     return name + ("es" if name.endswith("ss") else "s")
+
+
+def words() -> list[str]:
+    """The vocabulary of the captions. In this order no merge of the tokenizer cuts another word in two."""
+    relations = {word for relation in RELATIONS for word in relation.split()}
+    function_words = {"a", "and", "that", "says", "photo", *relations}
+    shapes = [*map(plural, SHAPES), *SHAPES, SIGN]
+    return ["green", "three", *shapes, *PALETTE, *COUNTS.values(), *sorted(function_words)]
 
 
 def _include(name: str, count: int = 1, **extra: Any) -> dict[str, Any]:
@@ -77,17 +85,18 @@ def _captions(tag: str) -> list[tuple[str, dict[str, Any]]]:
     raise ValueError(f"unknown tag {tag!r}; known: {', '.join((*COMPOSITION_TAGS, TEXT_TAG))}")
 
 
-def _rank(text: str) -> str:
+def rank(text: str) -> str:
+    """A hash by which captions are put in an order that stays."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @cache
 def composition_prompts(split: str) -> tuple[Prompt, ...]:
     """All composition prompts of a split ("train" or "test"), in a fixed order; every tag is in both splits."""
-    _check_split(split)
+    check_split(split)
     prompts: list[Prompt] = []
     for tag in COMPOSITION_TAGS:
-        rows = sorted(_captions(tag), key=lambda row: _rank(row[0]))
+        rows = sorted(_captions(tag), key=lambda row: rank(row[0]))
         held_out = max(1, round(TEST_FRACTION * len(rows)))
         chosen = rows[:held_out] if split == "test" else rows[held_out:]
         prompts += [Prompt(text, metadata) for text, metadata in chosen]
@@ -103,12 +112,12 @@ def sign_prompt(text: str) -> Prompt:
 
 def is_test_sign(text: str) -> bool:
     """Whether a string belongs to the test split; by hash, as there are too many strings to list."""
-    return int(_rank(text), 16) % 100 < 100 * TEST_FRACTION
+    return int(rank(text), 16) % 100 < 100 * TEST_FRACTION
 
 
 def sign_prompts(split: str, count: int, generator: torch.Generator) -> list[Prompt]:
     """`count` distinct signs of a split, lengths evenly mixed."""
-    _check_split(split)
+    check_split(split)
     texts: dict[str, None] = {}
     while len(texts) < count:
         length = SIGN_LENGTHS[int(torch.randint(len(SIGN_LENGTHS), (1,), generator=generator))]
@@ -119,7 +128,8 @@ def sign_prompts(split: str, count: int, generator: torch.Generator) -> list[Pro
     return [sign_prompt(text) for text in texts]
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raise ValueError for a split that is neither "train" nor "test"."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}; known: train, test")
 
@@ -170,17 +180,22 @@ def _layout(metadata: dict[str, Any], generator: torch.Generator) -> list[tuple[
         radius = 9 + 5 * float(u[0, 2])
         x, y = (1 + radius + (SIZE - 2 - 2 * radius) * u[0, :2]).tolist()
         return [(*things[0], (x, y, radius))]
-    cells = torch.randperm(4, generator=generator).tolist()
-    relation = next((c["position"][0] for c in metadata["include"] if "position" in c), None)
-    if relation is not None:
-        dx, dy = RELATIONS[relation]  # the second object, against the first
-        lane, first = int(torch.randint(2, (1,), generator=generator)), (0 if dx + dy > 0 else 1)
-        cells = [first + 2 * lane, 1 - first + 2 * lane] if dx else [lane + 2 * first, lane + 2 * (1 - first)]
     placed = []
-    for (name, colour), cell, (ux, uy, ur) in zip(things, cells, u.tolist(), strict=False):
+    for (name, colour), cell, (ux, uy, ur) in zip(things, cells_of(metadata, generator), u.tolist(), strict=False):
         x, y = 16 + 32 * (cell % 2) + 8 * (ux - 0.5), 16 + 32 * (cell // 2) + 8 * (uy - 0.5)
         placed.append((name, colour, (x, y, 8.5 + 3 * ur)))
     return placed
+
+
+def cells_of(metadata: dict[str, Any], generator: torch.Generator) -> list[int]:
+    """Cells of a 2 x 2 grid, numbered row by row, for the objects in turn; as a relation asks where there is one."""
+    cells = torch.randperm(4, generator=generator).tolist()
+    relation = next((c["position"][0] for c in metadata["include"] if "position" in c), None)
+    if relation is None:
+        return cells
+    dx, dy = RELATIONS[relation]  # the second object, against the first
+    lane, first = int(torch.randint(2, (1,), generator=generator)), (0 if dx + dy > 0 else 1)
+    return [first + 2 * lane, 1 - first + 2 * lane] if dx else [lane + 2 * first, lane + 2 * (1 - first)]
 
 
 def _paint(images_B3HW: Tensor, batch: Sequence[tuple[int, str, str, tuple[float, float, float]]]) -> None:

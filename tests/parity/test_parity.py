@@ -26,8 +26,8 @@ from torch.nn.functional import interpolate
 from transformers import BertConfig, BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, modeling_utils
 
 from rewards import aesthetic, build, hpsv2, imagereward
-from tests import published
-from tests.published import Sizes
+from tests.support import published
+from tests.support.published import Sizes
 
 if importlib.util.find_spec("hpsv2") is None:
     pytest.skip("without the published packages; make test-parity installs them", allow_module_level=True)

@@ -1,0 +1,182 @@
+"""One call of one reward.
+
+A reward is other people's code. It gets copies, as the next reward sees the same images; it is not waited for without
+end; and whatever it throws, sys.exit included, is told with the image that it was about.
+"""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Reward(Protocol):
+    """Scores images; higher is better. Deterministic, and a score depends on its own image, prompt and metadata alone.
+
+    images_B3HW: float RGB in [0, 1], any device; prompts and metadata: one per image. Returns B scores, fp32 on CPU.
+    May raise ValueError for metadata that it cannot work with; one that knows so beforehand is a `CheckedReward`.
+    What it gets is its own: it may write into it.
+    """
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class CheckedReward:
+    """A reward that knows, without an image, which prompts it cannot score."""
+
+    score: Reward
+    require: Callable[[str, dict[str, Any]], Any]  # (prompt, its metadata); raises ValueError for one it cannot score
+    model: str | None = None  # what it scores by, where the table's line does not say which
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return self.score(images_B3HW, prompts, metadata)
+
+    def check(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> dict[int, str]:
+        """Index of each prompt that it cannot score -> why."""
+        reasons = {}
+        for index, (prompt, row) in enumerate(zip(prompts, metadata, strict=True)):
+            try:
+                self.require(prompt, row)
+            except ValueError as error:
+                reasons[index] = str(error)
+        return reasons
+
+
+class RewardError(ValueError):
+    """A reward failed; the message names the reward, the prompt and the index of the image in the batch."""
+
+
+class ServerError(OSError):
+    """A reward's server failed, whatever the image is; the message names the server and what it said."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a reward is asked."""
+
+    name: str
+    reward: Reward
+    images_B3HW: Tensor
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    seconds: float = 0.0  # the limit of a call; 0: none
+
+    def alone(self, index: int) -> Batch:
+        """One image of it."""
+        part = slice(index, index + 1)
+        rows = {"prompts": self.prompts[part], "metadata": self.metadata[part]}
+        return replace(self, images_B3HW=self.images_B3HW[part], **rows)
+
+
+def place(index: int, prompts: Sequence[str]) -> str:
+    """An image in words."""
+    return f"image {index} of {len(prompts)} (prompt {textwrap.shorten(prompts[index], 200)!r})"
+
+
+def score(batch: Batch, lenient: bool = False) -> Tensor:
+    """(B,) scores, fp32 on the CPU.
+
+    Where the whole batch fails, each image is asked for alone. lenient: those that fail then are NaN, unless all do.
+    Raises RewardError, with the image, for other failures, a result of another shape, and a call that takes too long.
+    """
+    try:
+        return _call(batch)
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a reward's model throws
+        return _one_by_one(batch, error, lenient)
+
+
+def _one_by_one(batch: Batch, error: BaseException, lenient: bool) -> Tensor:
+    import torch
+
+    scores: list[Tensor] = []
+    failed: dict[int, BaseException] = {}
+    for i in range(len(batch.prompts)):
+        try:
+            scores.append(_call(batch.alone(i)))
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as alone:
+            failed[i] = alone
+            scores.append(torch.full((1,), torch.nan))
+            if not lenient:
+                break
+    if not scores:
+        raise RewardError(f"reward {batch.name!r} failed on no images at all: {_reason(error)}") from error
+    if failed and (not lenient or 1 < len(failed) == len(scores)):
+        index, cause = next(iter(failed.items()))
+        where = place(index, batch.prompts)
+        raise RewardError(f"reward {batch.name!r} failed on {where}: {_reason(cause)}") from cause
+    if failed:
+        where = place(next(iter(failed)), batch.prompts)
+        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        told = f"failed on {where}{others}, left out: {_reason(next(iter(failed.values())))}"
+    else:
+        told = f"failed on {len(scores)} images at once, and on none of them alone: {_reason(error)}"
+    warnings.warn(f"reward {batch.name!r} {told}", stacklevel=5)
+    return torch.cat(scores)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({error.code!r})"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _call(batch: Batch) -> Tensor:
+    """The reward's own answer to copies of its own; what it raises."""
+    from torch import Tensor
+
+    images, metadata = batch.images_B3HW.clone(), copy.deepcopy(batch.metadata)
+    try:
+        scores_B = _within(batch, lambda: batch.reward(images, list(batch.prompts), metadata))
+    except ServerError as error:
+        raise RewardError(f"reward {batch.name!r}: {error}") from error
+    count = len(batch.prompts)
+    if not isinstance(scores_B, Tensor) or scores_B.shape != (count,):
+        got = f"shape {tuple(scores_B.shape)}" if isinstance(scores_B, Tensor) else type(scores_B).__name__
+        raise RewardError(
+            f"reward {batch.name!r} returned {got} for {count} images, first prompt {batch.prompts[:1]!r}"
+        )
+    return scores_B.detach().float().cpu()
+
+
+def _within(batch: Batch, call: Callable[[], Any]) -> Any:
+    """The call's result. Raises RewardError after `seconds`.
+
+    A thread that hangs is left behind, and ends with the process.
+    """
+    if not batch.seconds:
+        return call()
+    import torch
+
+    found: Future[Any] = Future()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    def work() -> None:
+        try:
+            with torch.no_grad(), torch.cuda.stream(stream):  # both are a thread's own; the stream has the device
+                found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    try:
+        found.exception(batch.seconds)
+    except TimeoutError:
+        raise RewardError(
+            f"reward {batch.name!r} has not answered for {len(batch.prompts)} images in {batch.seconds:g} s; "
+            "where it needs longer, raise the limit (reward_seconds)"
+        ) from None
+    return found.result()

@@ -1,0 +1,77 @@
+"""Images as published rewards are given them: an 8-bit image, resized, normalised by a mean and std.
+
+Resizing is bicubic and antialiased. PIL's, before the crop, gives 8-bit images again; torchvision's, before the
+padding, gives floats that may be a little outside [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from rlg.io.pixels import levels
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def floor_half(excess: int) -> int:
+    """Half of an excess, rounded down: how far transformers' centre crop moves in."""
+    return excess // 2
+
+
+def round_half(excess: int) -> int:
+    """Half of an excess, rounded to even: how far torchvision's centre crop moves in."""
+    return round(excess / 2)
+
+
+def pil_images(images_B3HW: Tensor) -> list[Image.Image]:
+    """B images of 256 levels."""
+    return [Image.fromarray(pixels) for pixels in levels(images_B3HW).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def centre_crop(images_B3HW: Tensor, side: int, half: Callable[[int], int] = floor_half) -> Tensor:
+    """(B, 3, side, side), normalised: the shorter side becomes `side`, and the middle of the longer one is kept."""
+    return _normalised(_tensor([_cropped(image, side, half) for image in pil_images(images_B3HW)]))
+
+
+def pad_to_square(images_B3HW: Tensor, side: int) -> Tensor:
+    """(B, 3, side, side), normalised: the longer side becomes `side`, and the shorter one is padded with black."""
+    scale = side / max(images_B3HW.shape[2:])
+    height, width = (round(length * scale) for length in images_B3HW.shape[2:])
+    resized_B3HW = interpolate(levels(images_B3HW) / 255, (height, width), mode="bicubic", antialias=True)
+    top, left = (side - height) // 2, (side - width) // 2
+    return _normalised(pad(resized_B3HW, (left, side - width - left, top, side - height - top)))
+
+
+def bounded(images_B3HW: Tensor, shorter: int, longer: int) -> Tensor:
+    """(B, 3, h, w), normalised by ImageNet's mean and std: the shorter side becomes `shorter` by PIL's bilinear.
+
+    Less, in proportion, where the longer side would have more than `longer` pixels.
+    """
+    sides = images_B3HW.shape[2:]
+    scale = min(shorter / min(sides), longer / max(sides))
+    height, width = (int(side * scale + 0.5) for side in sides)
+    images = [image.resize((width, height), Image.Resampling.BILINEAR) for image in pil_images(images_B3HW)]
+    return _normalised(_tensor(images), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _cropped(image: Image.Image, side: int, half: Callable[[int], int]) -> Image.Image:
+    width, height = (int(side * length / min(image.size)) for length in image.size)
+    left, top = half(width - side), half(height - side)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + side, top + side))
+
+
+def _tensor(images: Sequence[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+
+
+def _normalised(images_B3HW: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    mean_311, std_311 = (torch.tensor(row, device=images_B3HW.device).view(3, 1, 1) for row in (mean, std))
+    return (images_B3HW - mean_311) / std_311

@@ -1,0 +1,1 @@
+"""Rewards behind HTTP: the wire format, the client, the server."""

@@ -1,0 +1,179 @@
+"""The HTTP side of `python -m rewards.serve`: an app with /score and /health. The protocol is in docs/remote.md."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import textwrap
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from rewards import RewardError, RewardMix, RewardScores
+from rewards.server.callers import SameSite
+from rewards.server.wire import as_floats, from_pngs
+from rlg import __version__
+
+MAX_PIXELS = 2048 * 2048  # of one image: larger than any model here makes
+PIXELS_A_CALL = 16 * 1024 * 1024  # that a reward sees at once, and that are floats at a time: 200 MB
+BODY_SECONDS, STALL_SECONDS = 120.0, 20.0  # for a whole body, and between two parts of it
+_LOG = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold."""
+
+    megabytes: float = 128.0  # of its body
+    images: int = 64
+    pixels: int = MAX_PIXELS  # of each image
+    all_pixels: int = 16 * MAX_PIXELS  # of all of them: 200 MB, at 3 bytes each
+    waiting: float = 4.0  # requests of the largest size that are held at a time, all together
+
+
+class ScoreRequest(BaseModel):
+    """The body of /score."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    images: list[str]  # base64 PNGs
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+
+
+def create(mix: RewardMix, token: str | None = None, limits: Limits | None = None, local: bool = True) -> Any:
+    """The app that serves a mix, one request at a time; with a token, to those alone who send it.
+
+    local: it listens on loopback alone; see `rewards.server.callers.SameSite`. Requests of clients that have gone by
+    the time that it is their turn are not scored.
+    """
+    app = FastAPI(title="rewards", docs_url=None, redoc_url=None, openapi_url=None)
+    bounds, turn = limits or Limits(), asyncio.Lock()
+    held = _Held(int(bounds.waiting * bounds.megabytes * 1e6))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "rewards": list(mix.names), "weights": list(mix.weights), "version": __version__}
+
+    @app.post("/score")
+    async def score(request: Request) -> dict[str, Any]:
+        _authorise(request, token)
+        with held.part() as part:
+            body = await _read(request, int(bounds.megabytes * 1e6), part)
+            async with turn:  # a reward's model is not made for two threads, nor the memory for two batches
+                if await request.is_disconnected():
+                    raise HTTPException(499, "the client has gone")
+                return await run_in_threadpool(_score, mix, body, bounds)
+
+    return SameSite(app, local)
+
+
+class _Held:
+    """Counts the bytes of all bodies that are in memory."""
+
+    def __init__(self, limit: int):
+        self.limit, self.total = limit, 0
+
+    @contextmanager
+    def part(self) -> Iterator[Callable[[int], None]]:
+        """Within, one request's bytes are counted by what it yields; 503 where the sum is over the limit."""
+        mine = 0
+
+        def add(count: int) -> None:
+            nonlocal mine
+            if self.total + count > self.limit:
+                raise HTTPException(503, "too many requests are waiting", {"Connection": "close"})
+            mine += count
+            self.total += count
+
+        try:
+            yield add
+        finally:
+            self.total -= mine
+
+
+def _authorise(request: Request, token: str | None) -> None:
+    """Refuse who has no token, and what a page can send without asking first (text/plain, forms)."""
+    sent = request.headers.get("authorization", "")
+    if token is not None and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+        raise HTTPException(401, "the bearer token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, f"the body must be application/json, got {textwrap.shorten(kind, 80) or 'no type'}")
+
+
+async def _read(request: Request, limit: int, count: Callable[[int], None]) -> bytes:
+    """The body, of which no more than `limit` bytes are ever held, nor waited for without end."""
+    refusal = HTTPException(413, f"the request is over the limit of {limit / 1e6:g} MB (--max_mb)")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise refusal
+    body, chunks = bytearray(), request.stream()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while chunk := await _next_part(chunks):
+                if len(body) + len(chunk) > limit:  # its length may not be stated, or not be true
+                    raise refusal
+                count(len(chunk))
+                body += chunk
+    except TimeoutError:
+        raise HTTPException(408, "the body took too long", {"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise HTTPException(499, "the client has gone") from None
+    return bytes(body)
+
+
+async def _next_part(chunks: AsyncIterator[bytes]) -> bytes | None:
+    """The next part of a body, None after the last.
+
+    Not `asyncio.wait_for`: before Python 3.12 it drops a cancellation, here that of the whole body's limit, which
+    comes together with a part.
+    """
+    async with asyncio.timeout(STALL_SECONDS):
+        return await anext(chunks, None)
+
+
+def _score(mix: RewardMix, body: bytes, limits: Limits) -> dict[str, Any]:
+    try:
+        request = ScoreRequest.model_validate_json(body)
+        _check_counts(request, limits)
+        images = from_pngs(request.images, limits.pixels, limits.all_pixels)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise HTTPException(422, f"{place}: {first['msg']}") from None
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+    try:
+        scores = _in_parts(mix, images, request)
+    except RewardError as error:
+        _LOG.warning("%s", error)
+        fault = 400 if isinstance(error.__cause__, ValueError) else 500  # by contract: unfit metadata
+        raise HTTPException(fault, str(error)) from None
+    return {"total": scores.total_B.tolist(), "parts": {name: part.tolist() for name, part in scores.parts.items()}}
+
+
+def _in_parts(mix: RewardMix, images_B3HW: Tensor, request: ScoreRequest) -> RewardScores:
+    """The mix's scores of images in bytes, few enough of which are floats at a time."""
+    size = max(1, PIXELS_A_CALL // (images_B3HW.shape[2] * images_B3HW.shape[3]))
+    starts = range(0, max(1, len(images_B3HW)), size)
+    parts = [slice(start, start + size) for start in starts]
+    found = [mix(as_floats(images_B3HW[p]), request.prompts[p], request.metadata[p]) for p in parts]
+    by_name = {name: torch.cat([scores.parts[name] for scores in found]) for name in mix.names}
+    return RewardScores(torch.cat([scores.total_B for scores in found]), by_name)
+
+
+def _check_counts(request: ScoreRequest, limits: Limits) -> None:
+    images, prompts, metadata = len(request.images), len(request.prompts), len(request.metadata)
+    if images > limits.images:
+        raise ValueError(f"{images} images are over the limit of {limits.images} (--max_images)")
+    if not images == prompts == metadata:
+        raise ValueError(f"{images} images, but {prompts} prompts and {metadata} metadata")

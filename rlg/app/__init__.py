@@ -1,0 +1,1 @@
+"""The app: a slider over w, in the browser."""

@@ -1,0 +1,1 @@
+"""Cost of guidance and training, measured side by side."""

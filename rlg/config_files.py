@@ -1,0 +1,83 @@
+"""List the configs that ship with RLG, or print where one of them is.
+
+    rlg configs                     # a line each
+    rlg configs accelerate/cpu2     # its path, as for `accelerate launch --config_file`
+
+`--config` takes their names too. A file of the user comes first. A wheel holds configs/ and launch/accelerate/ as
+data of the package; a clone has them beside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from itertools import takewhile
+from pathlib import Path
+
+from rlg.cli import Parser, fail_cleanly, first_sentence
+
+_SUFFIX = ".yaml"
+_IN_CLONE = ("configs", "launch")  # folders of a clone; a name may begin with one of them, as a path there does
+
+
+def folders() -> list[Path]:
+    """Where configs are: in the installed package, else in the clone that it is imported from."""
+    package = Path(str(resources.files("rlg")))
+    if (package / "configs").is_dir():
+        return [package / "configs"]
+    clone = package.parent
+    return [clone / name for name in _IN_CLONE] if (clone / "pyproject.toml").is_file() else []
+
+
+def shipped() -> dict[str, Path]:
+    """The files that ship, by name, such as `tiny/demo`; sorted."""
+    files = ((file.relative_to(folder), file) for folder in folders() for file in folder.rglob(f"*{_SUFFIX}"))
+    return dict(sorted((inside.with_suffix("").as_posix(), file) for inside, file in files))
+
+
+def find(name: str | Path) -> Path:
+    """The file of a config.
+
+    name: a file of the user, or one of `shipped`, also as its path in a clone. Raises ValueError with near names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known, asked = shipped(), _without_ends(path)
+    if asked in known:
+        return known[asked]
+    near = difflib.get_close_matches(asked, known, n=3)
+    like = f"; there is {', '.join(near)}" if near else ""
+    raise ValueError(f"no such config: {path}{like}; `rlg configs` lists those that ship")
+
+
+def _without_ends(path: Path) -> str:
+    text = path.as_posix().removesuffix(_SUFFIX)
+    top, _, rest = text.partition("/")
+    return rest if top in _IN_CLONE else text
+
+
+def table() -> str:
+    """A line for each config that ships: its name, and the first sentence of its comment."""
+    rows = {name: _first_sentence(file) for name, file in shipped().items()}
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{name:{width}}  {sentence}".rstrip() for name, sentence in rows.items())
+
+
+def _first_sentence(file: Path) -> str:
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return first_sentence("\n".join(line.removeprefix("#") for line in lines))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = Parser(prog="rlg configs", description=__doc__.split("\n")[0])
+    parser.add_argument("name", nargs="?", help="print the path of this one")
+    args = parser.parse_args(argv)
+    with fail_cleanly():
+        print(table() if args.name is None else find(args.name))
+
+
+if __name__ == "__main__":
+    main()

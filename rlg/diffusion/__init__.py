@@ -1,0 +1,1 @@
+"""Noise processes, and the sampling loop over them, for any model family."""

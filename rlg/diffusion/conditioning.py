@@ -1,0 +1,70 @@
+"""Conditioning, Predictor and Outputs: the signature that every network and every guidance rule shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pick(values: Tensor, index: Any) -> Tensor:
+    """Some rows of a tensor; an index that is a tensor may be on another device."""
+    return values[index.to(values.device) if isinstance(index, Tensor) else index]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: the network's text inputs by name, all with the batch first."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Any) -> Conditioning:
+        """Some rows; a tensor of indices may be on another device than some of the tensors."""
+        return Conditioning({k: pick(v, index) for k, v in self.tensors.items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        """As `Tensor.to`, on every tensor."""
+        return Conditioning({k: v.to(*args, **kwargs) for k, v in self.tensors.items()})
+
+    def repeat_interleave(self, times: int) -> Conditioning:
+        """Each prompt `times` times in a row."""
+        return Conditioning({k: v.repeat_interleave(times, dim=0) for k, v in self.tensors.items()})
+
+    def expand(self, batch: int) -> Conditioning:
+        """One prompt's conditioning for a whole batch, without a copy."""
+        return Conditioning({k: v.expand(batch, *v.shape[1:]) for k, v in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join along the batch. Raises ValueError for parts that say different things."""
+        if any(part.tensors.keys() != parts[0].tensors.keys() for part in parts):
+            raise ValueError(
+                f"conditionings do not go together: {', '.join(map(str, map(list, (p.tensors for p in parts))))}"
+            )
+        return Conditioning({k: torch.cat([p.tensors[k] for p in parts]) for k in parts[0].tensors})
+
+
+Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A guided output, and beside it the output of its base where that pass was made."""
+
+    out_BCHW: Tensor
+    base_BCHW: Tensor | None = None  # 0 where the pass was skipped; None: there is no base
+    known_B: Tensor | None = None  # on the CPU: True where the base's pass was made
+
+    def __getitem__(self, index: Any) -> Outputs:
+        """Some rows."""
+        return Outputs(*(None if part is None else pick(part, index) for part in vars(self).values()))
+
+
+# A predictor that tells its base's output, too: `guidance.Guided.with_base`.
+OutputsPredictor = Callable[[Tensor, Tensor, Conditioning], Outputs]

@@ -1,0 +1,1 @@
+"""The experiment: does w play the KL coefficient beta / w?"""

@@ -1,0 +1,1 @@
+"""Evaluation: guided images, scored, as rows and paired statistics."""

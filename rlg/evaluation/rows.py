@@ -1,0 +1,141 @@
+"""Evaluation rows: the lines of scores.jsonl, read and checked, and their pairs of one noise."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlg.choices import KERNELS
+from rlg.evaluation.methods import METHODS, method_of
+from rlg.io.parsing import parse_json
+
+OPTIONAL = ("kl", "diversity", "log_weight")  # numbers that a row may lack
+
+
+@dataclass(frozen=True, slots=True)  # a report holds all rows of an evaluation
+class Row:
+    """One scored image: a line of scores.jsonl."""
+
+    prompt_id: int
+    prompt: str
+    tag: str | None
+    k: int  # which of the prompt's images; (prompt_id, k, seed) fixes the initial noise
+    seed: int
+    w: float  # guidance weight, to the 6 digits of an image's file name; of a blend, the last expert's weight in it
+    sampler: str  # one of KERNELS
+    method: str  # one of METHODS; the base is "rlg" at w=0, the tuned model "rlg" at w=1
+    rewards: dict[str, float]
+    kl: float | None  # path KL to the base in nats; None for a deterministic sampler
+    diversity: float | None
+    nfe: int  # network evaluations spent on the image
+    seconds: float
+    log_weight: float | None = None  # of the corrector, in nats, where guidance kept it; absent from older files
+
+    @property
+    def noise(self) -> tuple[int, int, int]:
+        """What two rows share when they started from the same prompt and noise."""
+        return self.prompt_id, self.k, self.seed
+
+    @classmethod
+    def from_json(cls, record: Any) -> Row:
+        """Check a decoded line of scores.jsonl; keys that are not fields are ignored.
+
+        Raises ValueError for a missing field, a wrong type, NaN or infinity, or an unknown method or sampler.
+        """
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object, got {type(record).__name__}")
+        record = {"log_weight": None, **record}
+        if "method" not in record and "mode" in record:
+            record["method"] = method_of(record)
+        missing = [name for name in cls.__dataclass_fields__ if name not in record]
+        if missing:
+            raise ValueError(f"missing {', '.join(missing)}")
+        if not isinstance(record["rewards"], dict) or not record["rewards"]:
+            raise ValueError("rewards must be an object with at least one entry")
+        return cls(
+            prompt=_text(record, "prompt"),
+            tag=None if record["tag"] is None else _text(record, "tag"),
+            sampler=_choice(record, "sampler", KERNELS),
+            method=_choice(record, "method", tuple(METHODS)),
+            w=float(f"{_number(record, 'w'):g}"),
+            rewards={sys.intern(name): _number(record["rewards"], name) for name in record["rewards"]},
+            seconds=_number(record, "seconds"),
+            **{name: None if record[name] is None else _number(record, name) for name in OPTIONAL},
+            **{name: _integer(record, name) for name in ("prompt_id", "k", "seed", "nfe")},
+        )
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    if not isinstance(record[name], str):
+        raise ValueError(f"{name} must be a string, got {record[name]!r}")
+    return sys.intern(record[name])  # a prompt has many rows, and they hold it once
+
+
+def _choice(record: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
+    if record[name] not in known:
+        raise ValueError(f"unknown {name} {record[name]!r}; known: {', '.join(known)}")
+    return sys.intern(record[name])
+
+
+def _number(record: Mapping[str, Any], name: str) -> float:
+    value = record[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _integer(record: Mapping[str, Any], name: str) -> int:
+    if type(record[name]) is not int:  # neither True nor 1.0
+        raise ValueError(f"{name} must be an integer, got {record[name]!r}")
+    return record[name]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a scores.jsonl, in file order.
+
+    A last line without its newline that does not parse was cut off by a crash: it is left out with a warning. Raises
+    ValueError with the file and the line for any other bad or repeated line, and for a file without rows.
+    """
+    with path.open("rb") as lines:  # line by line: the bytes of all take as much as their rows
+        return _rows_of(path, lines)
+
+
+def _rows_of(path: Path, lines: Iterable[bytes]) -> list[Row]:
+    rows: dict[tuple[Any, ...], Row] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as error:  # not JSON, or not UTF-8
+            if line.endswith(b"\n"):
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            warnings.warn(f"{path}:{number}: the last line is cut off and was ignored", stacklevel=2)
+            continue
+        try:
+            row = Row.from_json(record)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        key = (*row.noise, row.w, row.sampler, row.method)
+        if key in rows:
+            raise ValueError(f"{path}:{number}: a second row for (prompt_id, k, seed, w, sampler, method) = {key}")
+        rows[key] = row
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return list(rows.values())
+
+
+def pair(rows: Sequence[Row], reference: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """(row, its partner in the reference) for rows with the same prompt, k and seed, in the order of `rows`.
+
+    Rows without a partner are left out. Raises ValueError when two rows of the reference start from the same noise.
+    """
+    partner = {row.noise: row for row in reference}
+    if len(partner) < len(reference):
+        raise ValueError("the reference has several rows for one (prompt_id, k, seed)")
+    return [(row, partner[row.noise]) for row in rows if row.noise in partner]

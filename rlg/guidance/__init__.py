@@ -1,0 +1,1 @@
+"""Guidance rules: wrappers with the network's own signature."""

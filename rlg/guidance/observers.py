@@ -1,0 +1,66 @@
+"""Observers of a guided trajectory: its path KL to the base, and the network passes it takes.
+
+Legend: B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlg.diffusion import sampling
+from rlg.diffusion.conditioning import Predictor
+from rlg.diffusion.sampling import Observer, Step
+from rlg.guidance.guided import Guided, on_rows
+
+
+class PathKL(Observer):
+    """KL(path || path of the base) of each sample, by Girsanov with the variance that is really injected.
+
+    base: asked for the rows whose guided output was made without it. is_guided_from: the base that guidance starts
+    from is this one, so that its outputs serve here. now: a clock in seconds.
+    """
+
+    def __init__(self, base: Predictor, batch: int, is_guided_from: bool, now: Callable[[], float]):
+        self.kl_B = torch.zeros(batch)  # nats
+        self.seconds = 0.0  # spent here
+        self._base, self._is_guided_from, self._now = base, is_guided_from, now
+
+    def see(self, step: Step) -> None:
+        """Add the nats of a stochastic step; others have none."""
+        if step.is_stochastic:
+            started = self._now()
+            out, base = step.outputs.out_BCHW, self._base_out(step)
+            self.kl_B += sampling.path_kl_step(step.schedule, step.i, out, base).cpu()
+            self.seconds += self._now() - started
+
+    def _base_out(self, step: Step) -> Tensor:
+        base_BCHW, known_B = step.outputs.base_BCHW, step.outputs.known_B
+        if base_BCHW is None or known_B is None or not self._is_guided_from:
+            base_BCHW = torch.zeros_like(step.outputs.out_BCHW)
+            known_B = torch.zeros(len(base_BCHW), dtype=torch.bool)
+        if bool(known_B.all()):
+            return base_BCHW
+        return base_BCHW + on_rows(self._base, ~known_B, step.x_BCHW, step.t_B, step.cond)
+
+    def gather(self, index_B: Tensor) -> None:
+        """Follow the rows: what a path has cost so far goes with it."""
+        self.kl_B = self.kl_B[index_B]
+
+
+class PassCounter(Observer):
+    """Network passes that the path of each sample has taken, before classifier-free guidance."""
+
+    def __init__(self, guided: Guided, batch: int):
+        self.passes_B = torch.zeros(batch, dtype=torch.long)
+        self._guided = guided
+
+    def see(self, step: Step) -> None:
+        """Add the passes of a step."""
+        self.passes_B += self._guided.passes(float(step.t_B[0]), len(self.passes_B))
+
+    def gather(self, index_B: Tensor) -> None:
+        """Follow the rows."""
+        self.passes_B = self.passes_B[index_B]

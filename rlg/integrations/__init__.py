@@ -1,0 +1,1 @@
+"""Guidance inside other people's pipelines."""

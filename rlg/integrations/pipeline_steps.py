@@ -1,0 +1,106 @@
+"""Where a pipeline is on its way: the step of each call of its denoiser, and that step's time and noise level.
+
+A denoiser is told a time in its family's own unit (of 1000, of 1, or counted from the other end); the pipeline's
+scheduler knows the steps. The nearest one is meant, as half precision rounds times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlg.models.backbones.networks import call_of
+
+_UNITS = (1.0, 1000.0)  # what the scheduler's times are in the denoiser's unit
+_TOLERANCE = 0.005  # of a time: half the distance of neighbours in bfloat16, and what casts add
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one call of a pipeline, from where it enters, as a schedule of w asks for them."""
+
+    t: Tensor  # (T,) scheduler's times, which fall towards the data
+    sigma: Tensor  # (T + 1,) weight of the noise in x_t, in [0, 1]; 0 behind the last step
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+class PipelineSteps:
+    """Follows the calls of one denoiser; a call of the pipeline begins anew."""
+
+    def __init__(self, scheduler: Callable[[], Any], network: object):
+        self._scheduler, self._forward = scheduler, call_of(network).counts_up
+        self._timesteps: Tensor | None = None
+        self._units: tuple[float, ...] = _UNITS
+        self._first = self._now = 0
+        self.steps = Steps(torch.zeros(0), torch.zeros(1))
+
+    def turn(self, t: float) -> tuple[int, bool]:
+        """(step that a call of the denoiser is of, whether it is the first of this call of the pipeline).
+
+        Steps count from the one at which the pipeline entered. t: the time that the denoiser is told.
+        Raises ValueError where no step of the scheduler has that time.
+        """
+        scheduler = self._scheduler()
+        if scheduler.timesteps is not self._timesteps:
+            self._units = _UNITS
+        now = self._nearest(scheduler, t)
+        begins = scheduler.timesteps is not self._timesteps or now < self._now
+        if begins:
+            self._timesteps, self._first = scheduler.timesteps, now
+            self.steps = _steps(scheduler, now)
+        self._now = now
+        return now - self._first, begins
+
+    def _nearest(self, scheduler: Any, t: float) -> int:
+        """The step of a time; the first call of a run settles the unit, as a time of 1 may be the first or last."""
+        known = scheduler.timesteps.detach().double().cpu()
+        enters = getattr(scheduler, "begin_index", None) or 0
+        found = []
+        for unit in self._units:
+            told = 1000 * (1 - t) if self._forward else unit * t
+            distance = (known - told).abs() / max(abs(told), 1.0)
+            step = int(distance.argmin())
+            found.append((float(distance[step]), abs(step - enters), step, unit))
+        distance, _, step, unit = min(found)
+        if distance > _TOLERANCE:
+            raise ValueError(f"the denoiser is called at t = {t:g}, and no step of the scheduler has that time")
+        self._units = (unit,)
+        return step
+
+
+def _steps(scheduler: Any, first: int) -> Steps:
+    t = scheduler.timesteps[first:].detach().float().cpu()
+    if _rising(scheduler):
+        t = scheduler.config.num_train_timesteps - t
+    levels = [noise_level(scheduler, i) for i in range(first, len(scheduler.timesteps))]
+    return Steps(t, torch.tensor([*levels, 0.0]))
+
+
+def _rising(scheduler: Any) -> bool:
+    """Whether times and sigmas rise towards the data, as in Mochi."""
+    return bool(scheduler.config.get("invert_sigmas"))
+
+
+def noise_level(scheduler: Any, i: int) -> float:
+    """sigma of step i of a diffusers scheduler, the weight of the noise in x_t, in [0, 1] for every family.
+
+    Flow models have it as it is. Schedulers in EDM's terms hold sigma / alpha, the others the cumulative alphas.
+    Raises ValueError for a scheduler that holds none of them.
+    """
+    config, sigmas = scheduler.config, getattr(scheduler, "sigmas", None)
+    name = type(scheduler).__name__
+    flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    if flow or config.get("use_flow_sigmas"):
+        return 1 - float(sigmas[i]) if _rising(scheduler) else float(sigmas[i])
+    if sigmas is not None and len(sigmas) >= len(scheduler.timesteps):
+        ratio = float(sigmas[i]) / float(config.get("sigma_data", 1.0))
+        return ratio / (1 + ratio**2) ** 0.5
+    if hasattr(scheduler, "alphas_cumprod"):
+        return float((1 - scheduler.alphas_cumprod[int(scheduler.timesteps[i])]).sqrt())
+    raise ValueError(f"{name} does not say its noise levels; give a function of t instead of a schedule by name")

@@ -1,0 +1,1 @@
+"""Files: parsed strictly, written whole, locked while a process writes them."""

@@ -1,0 +1,1 @@
+"""Base models and tuned ones: loading, LoRA adapters, full networks."""

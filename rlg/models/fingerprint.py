@@ -1,0 +1,215 @@
+"""Digests of the files that results are made of.
+
+A path says where something was, and not what it is. An evaluation, a training and an oracle record them; whoever goes
+on with one compares, and is refused where a file under the same name holds something else. Files of the hub's cache
+are named by their sha256, which is then taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+
+from rlg import __version__, tinyworld
+from rlg.io.parsing import read_json
+from rlg.io.run_folder import AVERAGE, STATE
+from rlg.models import hub
+
+if TYPE_CHECKING:  # rlg.status does without torch, which takes seconds to load
+    from rlg.prompts import Prompt
+
+DIGESTS, VERSIONS = "digests", "versions"  # keys of a record
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+_OF_MODELS = (".safetensors", ".json", ".txt", ".model", *hub.PICKLES)  # rewards' weights are .pt
+_BLOB = re.compile(r"[0-9a-f]{64}")  # how the hub's cache names a large file: by its sha256
+_BLOCK, _READERS = 2**20, 4
+_SMALL = 2**24  # bytes; a larger file is read once, unless its size or time changes
+_ENDS = 2**20  # bytes of a data set's large file that are read at both ends: a parquet's statistics are there
+_WHOLE = 2**30  # bytes up to which a data set is read as a whole
+
+Record = dict[str, dict[str, str]]
+
+
+def versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of rlg, the libraries that decide numbers, and more packages.
+
+    A package that is not installed is left out.
+    """
+    found = {"rlg": __version__}
+    for name in dict.fromkeys((*LIBRARIES, *more)):
+        if importlib.util.find_spec(name):
+            found[name] = _version(name)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _distributions() -> Mapping[str, list[str]]:
+    """Distributions by module; a second of reading, so it is done once."""
+    return importlib.metadata.packages_distributions()
+
+
+def _version(module: str) -> str:
+    names = _distributions().get(module, [module])
+    return importlib.metadata.version(names[0])
+
+
+def record(
+    tuned: Mapping[str, str | None],
+    base: str,
+    prompts: Mapping[str, Sequence[Prompt]],
+    rewards: Mapping[str, str] | None = None,
+    packages: Iterable[str] = (),
+) -> Record:
+    """Digests and versions of what some results are made of.
+
+    What is None, or nowhere on this machine, is left out. tuned: digests (`TunedModel.digest`) of adapters and full
+    networks, by their part in it. prompts: sets of them, also by that. rewards: where the models of rewards are, by
+    reward.
+    """
+    digests = {**tuned, "base": of_model(base)} | {name: of_prompts(rows) for name, rows in prompts.items()}
+    digests |= {f"reward {name}": of_model(place) for name, place in (rewards or {}).items()}
+    return {DIGESTS: {name: value for name, value in digests.items() if value}, VERSIONS: versions(packages)}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences of two records, in words.
+
+    What only one of them knows is no difference.
+    """
+    pairs = [(part, name, _of(before, part).get(name), value) for part in now for name, value in now[part].items()]
+    return [
+        f"{name} is not what it was (sha256 {was[:12]}, now {value[:12]})"
+        if part == DIGESTS
+        else f"{name} was {was}, and is {value}"
+        for part, name, was, value in pairs
+        if was is not None and was != value
+    ]
+
+
+def _of(record: Mapping[str, Any], part: str) -> dict[str, str]:
+    found = record.get(part)
+    return {k: str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def check(where: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], instead: str) -> None:
+    """Raise ValueError unless both records are of the same.
+
+    Warns where the earlier one does not say of what. instead: what to do about it.
+    """
+    if changed := differences(before, now):
+        raise ValueError(f"{where} was made of something else: {'; '.join(changed)}; {instead}")
+    if not _of(before, DIGESTS) and now.get(DIGESTS):
+        warnings.warn(f"{where} does not say what it was made of: see to it that nothing has changed", stacklevel=3)
+
+
+def base_of(adapter: str | Path) -> str | None:
+    """Digest of the base that an adapter was trained on.
+
+    None where its folder does not say.
+    """
+    for name in (STATE, AVERAGE):
+        file = Path(adapter) / name
+        if file.is_file():
+            return _of(read_json(file), DIGESTS).get("base")
+    return None
+
+
+def of_prompts(prompts: Sequence[Prompt]) -> str:
+    """Digest of prompts and metadata, whatever file they are from."""
+    rows = [[prompt.text, prompt.metadata] for prompt in prompts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()
+
+
+def of_model(place: str) -> str | None:
+    """Digest of a model, None where there is none.
+
+    place: a file, a folder, a hub id whose files are in the cache, or a tinyworld's name.
+    """
+    if place in tinyworld.NAMES:
+        place = str(tinyworld.path(place))
+    path = Path(place).expanduser()
+    if path.is_file():
+        return of_files({path.name: path})
+    root = path if path.is_dir() else _cached(place)
+    return of_files(_model_files(root)) if root else None
+
+
+def _cached(place: str) -> Path | None:
+    match = hub.ID.fullmatch(place)
+    if match is None:
+        return None
+    try:
+        root = Path(huggingface_hub.snapshot_download(match["repo"], local_files_only=True))
+    except Exception:  # the hub raises whatever it meets
+        return None
+    return root / match["inner"] if match["inner"] else root
+
+
+def _model_files(root: Path) -> dict[str, Path]:
+    if root.is_file():
+        return {root.name: root}
+    found = [path for pattern in ("*", "*/*") for path in root.glob(pattern)]
+    seen = {path.relative_to(root).as_posix(): path for path in found if path.suffix in _OF_MODELS and path.is_file()}
+    return {name: path for name, path in seen.items() if not name.startswith(".")}
+
+
+def of_data(place: str | Path) -> str | None:
+    """Digest of a data set's files, None for one that is not here.
+
+    Of a set over 1 GiB each file's size and both its ends count.
+    """
+    path = Path(place).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    kept = {file.relative_to(path.parent).as_posix(): file for file in files if not file.name.startswith(".")}
+    large = sum(file.stat().st_size for file in kept.values()) > _WHOLE
+    return of_files(kept, ends_over=2 * _ENDS if large else None)
+
+
+def of_files(files: Mapping[str, Path], ends_over: int | None = None) -> str | None:
+    """Digest (sha256) of names and contents, None of no files.
+
+    Raises OSError for a file that cannot be read. ends_over: of a file with more bytes than this its size and both
+    ends count, not the whole.
+    """
+    if not files:
+        return None
+    with ThreadPoolExecutor(_READERS) as pool:
+        names = sorted(files)
+        digests = pool.map(lambda name: _of_file(files[name], ends_over), names)
+        rows = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
+    return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def _of_file(path: Path, ends_over: int | None) -> str:
+    real = path.resolve()
+    if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
+        return real.name
+    stat = real.stat()
+    read = _read_once if stat.st_size > _SMALL else _read
+    return read(real, stat.st_size, stat.st_mtime_ns, ends_over is not None and stat.st_size > ends_over)
+
+
+def _read(path: Path, size: int, changed: int, ends: bool) -> str:
+    """The file's sha256; `changed` is there for `_read_once`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if ends:
+            digest.update(f"{size}\n".encode() + file.read(_ENDS))
+            file.seek(-_ENDS, 2)
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_read_once = lru_cache(maxsize=4096)(_read)  # for the time of this process

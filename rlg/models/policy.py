@@ -1,0 +1,277 @@
+"""A policy: a diffusers pipeline, its noise process, and a LoRA that can be switched off.
+
+The network with the adapter on is the tuned model, and with the adapter off it is the reference model: one set of
+weights, never a copy (only a full fine-tuned network, made elsewhere, is a second one). `predict` and `reference` have
+one signature, (x_BCHW, t_B, conditioning) -> out_BCHW.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rlg.diffusion.conditioning import Conditioning
+from rlg.diffusion.process import Process, Schedule, config_of
+from rlg.models import adapter_files, full_networks, lora
+from rlg.models.backbones import Backbone, backbone_of
+from rlg.models.loading import DTYPES, check_family, load_pipeline, warn_if_emulated
+from rlg.models.tuned_model import TunedModel, resolve
+
+_ENCODE_BATCH = 64
+_BYTES_AT_ONCE = 2**23  # of a channel in the autoencoder: 4 images of 1024 x 1024 in bfloat16, which take some 6 GiB
+
+
+class Policy:
+    """A pipeline as reinforcement learning sees it."""
+
+    def __init__(self, pipe: DiffusionPipeline, base: str, t5_length: int | None = None):
+        self.pipe = pipe
+        self.base = base  # where the pipeline came from: a hub id or a path
+        self.backbone = backbone_of(pipe)
+        self._encoding = _encoding(self.backbone, t5_length, base)
+        self.backbone.prepare(pipe)
+        self.network: nn.Module = self.backbone.denoiser(pipe)
+        self.wrapped: nn.Module = self.network  # the accelerate-wrapped network while training
+        self.tuned: nn.Module | None = None  # a full fine-tuned network, in place of an adapter
+        self.watch: Callable[[Tensor], None] = lambda out: None  # looks at each output of `predict`
+        self.scheduler_config: Mapping[str, Any] = config_of(pipe.scheduler)
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        *,
+        t5_length: int | None = None,
+        vae_dtype: str | None = None,
+    ) -> Policy:
+        """Load a pipeline folder, a hub id or the name of a tinyworld model ("tiny-sd3").
+
+        t5_length: tokens of a prompt that T5 is given (default: the pipeline's own). vae_dtype: of the autoencoder
+        (default: dtype, or float32 where that overflows). Raises ValueError for an unknown family or dtype, a length
+        that the family has not, a missing or incomplete folder, and pickled weights.
+        """
+        for name in (dtype, vae_dtype or dtype):
+            if name not in DTYPES:
+                raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}")
+        check_family(base)
+        warn_if_emulated(dtype, device)
+        pipe = load_pipeline(base, DTYPES[dtype])
+        pipe.set_progress_bar_config(disable=True)
+        policy = cls(pipe.to(device), base, t5_length)
+        if vae_dtype:
+            pipe.vae.to(DTYPES[vae_dtype])
+        return policy
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def schedule(
+        self,
+        steps: int,
+        kernel: str,
+        level: float,
+        window: tuple[int, int] | None = None,
+        *,
+        resolution: int | None = None,
+    ) -> Schedule:
+        """The reverse process of this model on its device, for square images; see `process.make_schedule`.
+
+        resolution: as for `latent_shape`; some schedulers shift their noise levels by it.
+        """
+        made = self.backbone.schedule(self.pipe, self.scheduler_config, steps, kernel, level, window, resolution)
+        return made.to(self.device)
+
+    def process(self, resolution: int | None = None) -> Process:
+        """The forward process of this model, for square images; resolution as for `schedule`."""
+        return self.backbone.forward_process(self.pipe, self.scheduler_config, resolution)
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a square image; None is the model's own size."""
+        side = resolution or self.image_size()
+        return self.backbone.latent_shape(self.pipe, self.network, side, side)
+
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model was trained on."""
+        return self.backbone.image_size(self.pipe, self.network)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, in bounded batches."""
+        chunks = [prompts[i : i + _ENCODE_BATCH] for i in range(0, len(prompts), _ENCODE_BATCH)]
+        return Conditioning.cat([self.backbone.encode(self.pipe, chunk, **self._encoding) for chunk in chunks])
+
+    def with_sizes(self, cond: Conditioning, sizes_B2: Tensor, crops_B2: Tensor, side: int) -> Conditioning:
+        """Conditioning that also says (height, width) before resizing, (top, left) of the crop and the final side.
+
+        The same conditioning for a family that does not take them.
+        """
+        return self.backbone.with_sizes(cond, sizes_B2, crops_B2, side)
+
+    @torch.no_grad()
+    def encode_images(self, images_B3HW: Tensor, batch: int = 64) -> Tensor:
+        """Latents (B, C, H, W), fp32, of images in [0, 1], encoded `batch` at a time, fewer if they are large."""
+        parts = images_B3HW.to(self.device).split(self._at_once(batch, *images_B3HW.shape[2:]))
+        return torch.cat([self.backbone.encode_image(self.pipe, part) for part in parts])
+
+    def predict(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The tuned model's output: adapter on, or the full network. Goes through the accelerate-wrapped network."""
+        network = self.wrapped if self.tuned is None else self.tuned
+        out = self.backbone.forward(network, x_BCHW, t_B, cond)
+        self.watch(out)
+        return out
+
+    def reference(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The base model's output: adapter off. Goes through the bare network."""
+        with self.adapter_off():
+            return self.backbone.forward(self.network, x_BCHW, t_B, cond)
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Within, the policy is the base model."""
+        tuned, self.tuned = self.tuned, None
+        try:
+            with lora.disabled(self.network):
+                yield
+        finally:
+            self.tuned = tuned
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor, batch: int = 64) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], fp32, decoded `batch` at a time, fewer if they are large."""
+        height, width = (self.pipe.vae_scale_factor * side for side in latents_BCHW.shape[2:])
+        parts = latents_BCHW.split(self._at_once(batch, height, width))
+        return torch.cat([self.backbone.decode(self.pipe, part) for part in parts])
+
+    def _at_once(self, batch: int, height: int, width: int) -> int:
+        """How many images of this size go through the autoencoder together: its memory grows with their pixels."""
+        return max(1, min(batch, _BYTES_AT_ONCE // (height * width * self.pipe.vae.dtype.itemsize)))
+
+    def add_lora(self, rank: int, alpha: int, targets: Sequence[str] | None = None) -> list[nn.Parameter]:
+        """Attach a new LoRA (fp32, Gaussian A, zero B) and return its parameters.
+
+        Raises ValueError if no module is named by `targets`.
+        """
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(targets or self.backbone.lora_targets),
+        )
+        lora.attach(self.network, config, adapter_files.NAME)
+        return self.trainable()
+
+    def add_frozen_copy(self, name: str) -> list[nn.Parameter]:
+        """Attach a second adapter that begins as a copy of the LoRA and gets no gradients; returns its parameters."""
+        lora.attach(self.network, copy.deepcopy(self.network.peft_config[adapter_files.NAME]), name)
+        lora.choose(self.network, adapter_files.NAME)
+        frozen = self._adapter(name)
+        for parameter, source in zip(frozen, self.trainable(), strict=True):
+            parameter.data = source.detach().clone()
+            parameter.requires_grad_(False)
+        return frozen
+
+    def load_frozen_copy(self, name: str, file: Path) -> None:
+        """Attach a second adapter of the LoRA's shape, from the weights that a trainer keeps of it (NFT's old policy).
+
+        Raises ValueError if the file is missing, damaged or of another shape, or the tuned model is a full network.
+        """
+        if self.tuned is not None:
+            raise ValueError(f"the tuned model is a full network, which has no second adapter as in {file}")
+        try:
+            saved = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is missing or damaged: {error}") from error
+        parameters = self.trainable()
+        values = [saved[str(i)] for i in range(len(saved)) if str(i) in saved]
+        if [tuple(v.shape) for v in values] != [tuple(p.shape) for p in parameters]:
+            raise ValueError(f"{file} holds no second adapter of the one that is loaded")
+        for parameter, value in zip(self.add_frozen_copy(name), values, strict=True):
+            parameter.data.copy_(value)
+
+    def load_expert(self, name: str, tuned: str | Path | TunedModel) -> None:
+        """Attach a further adapter under a name of its own, frozen, from any file that `load_adapter` reads.
+
+        Rank, alpha and layers may differ from the first one's, which stays the one that `predict` runs; `predict_as`
+        runs this one. Raises ValueError as `load_adapter`, and for a full network, given here or loaded before.
+        """
+        model = resolve(tuned)
+        if self.tuned is not None or model.is_network:
+            given = f"{model.path}: experts are adapters of one network, and a full network is given"
+            raise ValueError(f"{given}; give LoRAs")
+        adapter = adapter_files.load(self.pipe, self.backbone.denoiser_name, model.adapter, name)
+        adapter_files.to_float32(self.network, adapter, name)
+        lora.choose(self.network, adapter_files.NAME)
+        self.trainable()
+
+    def predict_mixed(self, weights: Mapping[str, float], x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The output of the network whose weights are base + sum of w * (the adapter's dense update), in one pass."""
+        with lora.mixed(self.network, weights):
+            return self.backbone.forward(self.network, x_BCHW, t_B, cond)
+
+    def predict_as(self, name: str, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The output with another adapter of the network on. Goes through the bare network."""
+        with lora.active(self.network, name):
+            return self.backbone.forward(self.network, x_BCHW, t_B, cond)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter's parameters, kept in fp32 over a base of any dtype."""
+        parameters = self._adapter(adapter_files.NAME)
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return parameters
+
+    def _adapter(self, name: str) -> list[nn.Parameter]:
+        return [p for key, p in self.network.named_parameters() if ".lora_" in key and f".{name}." in key]
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder and as a diffusers LoRA file; see `adapters.save`."""
+        adapter_files.save(self.pipe, self.backbone.denoiser_name, folder, self.base)
+
+    def load_adapter(self, tuned: str | Path | TunedModel) -> None:
+        """Attach a trained adapter: our checkpoint, a PEFT folder, a diffusers or kohya LoRA file, or a hub id.
+
+        Raises ValueError if it is missing, damaged, pickled or made for another base.
+        """
+        assert self.tuned is None, "a full network is loaded: the adapter would change the base"
+        adapter = adapter_files.load(self.pipe, self.backbone.denoiser_name, resolve(tuned).adapter)
+        adapter_files.to_float32(self.network, adapter)
+        self.trainable()
+
+    def load_tuned(self, tuned: str | Path | TunedModel) -> None:
+        """Take an adapter (`load_adapter`) or a full fine-tuned network (`full_networks.load`) as the tuned model.
+
+        Raises ValueError if it is missing, damaged, pickled or made for another base.
+        """
+        model = resolve(tuned)
+        if model.is_network:
+            self.tuned = full_networks.load(self.pipe, self.backbone.denoiser_name, model.source)
+        else:
+            self.load_adapter(model)
+
+
+def _encoding(backbone: Backbone, t5_length: int | None, base: str) -> dict[str, int]:
+    """Options of the backbone's `encode`. Raises ValueError for a length that the family has not."""
+    if t5_length is None:
+        return {}
+    if not 1 <= t5_length <= backbone.max_t5_length:
+        limit = f"takes 1 to {backbone.max_t5_length} tokens" if backbone.max_t5_length else "has no T5"
+        raise ValueError(f"t5_length is {t5_length}, but {base} {limit}")
+    return {"t5_length": t5_length}

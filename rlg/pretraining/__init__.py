@@ -1,0 +1,1 @@
+"""Pretraining of the tinyworld's base models."""

@@ -1,0 +1,1 @@
+"""Model cards, the hub and W&B: all that leaves this machine."""

@@ -1,0 +1,236 @@
+"""The joined report of `rlg.reports.comparison_data` as a W&B Report, through wandb-workspaces.
+
+    python -m rlg.report runs/A runs/sweeps/X --wandb ENTITY/PROJECT
+
+Text and tables are what the report here says; its figures are images of a run of job type `report`; panels read the
+project's runs of the same names and groups, where training and evaluation were mirrored there (docs/wandb.md).
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlg import extras
+from rlg.io import tables
+from rlg.publishing import wandb_runs
+from rlg.publishing.model_card import text
+from rlg.reports import wandb_mirror
+from rlg.reports.comparison_data import BestOf, Material, Spot
+from rlg.stats import PERCENT, Estimate
+
+MAX_TITLE = 128  # W&B's
+MAX_ROWS = 200  # of a table; the csv has them all
+_TARGET = re.compile(r"[\w.-]+/[\w .-]+")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is published."""
+
+    title: str
+    material: Material
+    bests: Sequence[BestOf]
+    fronts: Mapping[tuple[str, str], tuple[Sequence[Spot], Sequence[str]]]  # (base, reward) -> (spots, settings mixed)
+    figures: Mapping[str, Path]  # name -> png
+
+
+def check(target: str) -> None:
+    """Raise ValueError where nothing can be published: a wrong name, a missing package, no account, no network."""
+    if not _TARGET.fullmatch(target):
+        raise ValueError(f"--wandb takes ENTITY/PROJECT, got {target!r}")
+    try:
+        import wandb
+        import wandb_workspaces.reports.v2  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--wandb needs {error.name or error}: {extras.install('wandb')}") from error
+    if wandb.setup().settings.mode in wandb_runs.AWAY:
+        raise ValueError(f"--wandb publishes to W&B's server, and WANDB_MODE is {wandb.setup().settings.mode}")
+    wandb_runs.require()
+
+
+def publish(content: Content, target: str) -> str:
+    """Upload the figures, save the report, and return its address. Raises ValueError for what W&B refuses."""
+    import wandb_workspaces.reports.v2 as wr
+
+    entity, project = target.split("/", 1)
+    try:
+        with wandb_runs.one_line():
+            images = _upload(content, entity, project)
+            blocks = build(content, entity, project, images)
+            report = wr.Report(project=project, entity=entity, title=content.title[:MAX_TITLE], blocks=blocks)
+            report.width = "fluid"
+            report.save()
+    except ValueError:
+        raise
+    except Exception as error:  # the package raises whatever its queries meet
+        raise ValueError(
+            f"cannot publish to {target}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+    return report.url
+
+
+def _upload(content: Content, entity: str, project: str) -> str | None:
+    """Log the figures as images; returns the run's id, None if there is no figure."""
+    import wandb
+
+    if not content.figures:
+        return None
+    quiet = wandb_runs.quiet_settings(x_disable_stats=True, silent=True)
+    with tempfile.TemporaryDirectory(prefix="rlg-report-") as place:
+        options = {"name": f"report: {content.title}"[:MAX_TITLE], "job_type": "report", "dir": place}
+        run = wandb.init(entity=entity, project=project, settings=quiet, reinit="create_new", **options)
+        run.log({f"report/{name}": wandb.Image(str(file)) for name, file in content.figures.items()})
+        run.finish()
+    return run.id
+
+
+def build(content: Content, entity: str, project: str, images: str | None) -> list[Any]:
+    """The report's blocks; `images` is the run that has the figures."""
+    import wandb_workspaces.reports.v2 as wr
+
+    material = content.material
+    counts = f"{len(material.entries)} runs, {len(material.evaluations)} evaluations"
+    blocks: list[Any] = [wr.P(f"{counts}. Written by rlg from the runs' files."), wr.TableOfContents()]
+    if images:
+        shown = wr.Runset(entity, project, name="figures", filters=f"Metric('ID') == '{images}'")
+        keys = [f"report/{name}" for name in content.figures]
+        panels = [
+            wr.MediaBrowser(title=key, media_keys=[key], num_columns=1, layout=_place(i, 12, 16))
+            for i, key in enumerate(keys)
+        ]
+        blocks += [wr.H2("Figures"), wr.PanelGrid(runsets=[shown], panels=panels, hide_run_sets=True)]
+    if material.entries:
+        blocks += [
+            wr.H2("Runs"),
+            wr.MarkdownBlock(_runs_table(material)),
+            *_training_panels(material, entity, project),
+        ]
+    if content.bests:
+        blocks += [wr.H2("Best w"), wr.MarkdownBlock(_best_table(content.bests))]
+    for (base, reward), (spots, mixed) in content.fronts.items():
+        blocks += [wr.H2(f"Frontier of {reward} on {base}"), wr.MarkdownBlock(_front_table(spots, mixed))]
+    if material.evaluations:
+        blocks += [wr.H2("Evaluations"), *_evaluation_panels(content, entity, project)]
+    return blocks
+
+
+def _place(index: int, width: int, height: int) -> Any:
+    """The index-th place of a grid of 24 columns, filled row by row."""
+    import wandb_workspaces.reports.v2 as wr
+
+    columns = 24 // width
+    return wr.Layout(x=index % columns * width, y=index // columns * height, w=width, h=height)
+
+
+def _training_panels(material: Material, entity: str, project: str) -> list[Any]:
+    """Curves and parallel coordinates of the runs that were trained, from the project's own."""
+    import wandb_workspaces.reports.v2 as wr
+
+    names = [entry.name.rpartition("/")[2] for entry in material.entries if entry.metrics]
+    if not names or material.metric is None:
+        return []
+    runs = wr.Runset(
+        entity, project, name="training", filters=f"Metric('JobType') == 'train' and {_among('Name', names)}"
+    )
+    panels: list[Any] = [
+        wr.LinePlot(title=material.metric, x="Step", y=[material.metric], layout=_place(0, 12, 8)),
+        wr.LinePlot(title="reward against KL", x="kl", y=["reward"], layout=_place(1, 12, 8)),
+    ]
+    if material.swept:
+        axes = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in material.swept]
+        axes.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(material.metric)))
+        panels.append(wr.ParallelCoordinatesPlot(columns=axes, layout=wr.Layout(x=0, y=8, w=24, h=9)))
+    return [wr.PanelGrid(runsets=[runs], panels=panels)]
+
+
+def _evaluation_panels(content: Content, entity: str, project: str) -> list[Any]:
+    """Curves along w, images and tables of the evaluations, from the project's own runs."""
+    import wandb_workspaces.reports.v2 as wr
+
+    groups = list(dict.fromkeys(str(run.summary["meta"].get("name")) for run in content.material.evaluations))
+    chosen = f"Metric('JobType') == 'evaluate' and {_among('Group', groups)}"
+    points = [point for run in content.material.evaluations for point in run.summary["points"]]
+    rewards = list(dict.fromkeys(name for point in points for name in point["rewards"]))
+    panels: list[Any] = [wr.LinePlot(title=name, x="w", y=[f"guided/{name}"]) for name in rewards]
+    panels += [wr.LinePlot(title=f"{name} against KL", x="guided/kl", y=[f"guided/{name}"]) for name in rewards]
+    panels += [wr.BarPlot(title=f"highest {name}", metrics=[wr.SummaryMetric(f"best/{name}")]) for name in rewards]
+    panels.append(wr.MediaBrowser(title="images", media_keys=[wandb_mirror.SAMPLES]))
+    panels.append(wr.WeavePanelSummaryTable(table_name=wandb_mirror.POINTS))
+    for i, panel in enumerate(panels):
+        panel.layout = _place(i, 8, 8)
+    runs = wr.Runset(entity, project, name="evaluations", filters=chosen)
+    return [wr.PanelGrid(runsets=[runs], panels=panels)]
+
+
+def _among(field: str, values: Sequence[str]) -> str:
+    """W&B's expression for a field that has one of some values; quotes and backslashes are Python's."""
+    return f"Metric({field!r}) in {list(values)!r}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    table = tables.markdown(
+        [text(head) for head in heads], [[_cell(value) for value in row] for row in rows[:MAX_ROWS]]
+    )
+    return table + (f"\n\n{len(rows) - MAX_ROWS} more rows are in runs.csv." if len(rows) > MAX_ROWS else "")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return text(f"{value:.4g}" if isinstance(value, (float, Estimate)) else value)
+
+
+def _runs_table(material: Material) -> str:
+    heads = ["run", "status", "iterations", material.metric or "metric", *material.swept]
+    rows = [
+        [entry.name, entry.status, entry.metrics[-1].get("step") if entry.metrics else None, entry.metric]
+        + [entry.parameters[name] for name in material.swept]
+        for entry in material.ranked()
+    ]
+    return _table(heads, rows)
+
+
+def _best_table(bests: Sequence[BestOf]) -> str:
+    heads = [
+        "evaluation",
+        "reward",
+        "best w (none surely beats)",
+        f"mean on other prompts, {PERCENT}",
+        f"difference to the tuned model, {PERCENT}",
+        "KL (nats)",
+        "n",
+    ]
+    rows = []
+    for best in bests:
+        mean, delta = best.found.mean, best.found.delta
+        rows.append(
+            [
+                best.run.name,
+                best.reward,
+                Estimate.of(best.found.w, best.found.between),
+                mean,
+                delta,
+                best.kl,
+                best.found.n,
+            ]
+        )
+    return _table(heads, rows)
+
+
+def _front_table(spots: Sequence[Spot], mixed: Sequence[str]) -> str:
+    rows = [
+        [
+            spot.run.name,
+            spot.point["w"],
+            spot.point["kl"],
+            Estimate.of(spot.mean, spot.point["rewards"][spot.reward]["ci95"]),
+        ]
+        for spot in spots
+    ]
+    note = f"\n\nThe evaluations also differ in {text(', '.join(mixed))}." if mixed else ""
+    return _table(["evaluation", "w", "KL (nats)", f"mean, {PERCENT}"], rows) + note

@@ -1,0 +1,1 @@
+"""Prompt sets: from files, from datasets, from the tinyworld."""

@@ -1,0 +1,1 @@
+"""Cost of a training iteration, by phase."""

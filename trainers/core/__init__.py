@@ -1,0 +1,1 @@
+"""Configuration, set-up and the loop that all trainers share."""
