@@ -26,6 +26,7 @@ LETTERS = [
     *((letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"),
 ]
 T5 = {"vocab_size": len(LETTERS), "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+SIZES = networks.SIZES["shapes"]
 TOKENS = 16  # of T5: enough for a tiny model
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 
@@ -89,8 +90,8 @@ def tiny_flux() -> diffusers.DiffusionPipeline:
     )
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4),
-        vae=networks.build_vae(16),
-        text_encoder=CLIPTextModel(networks._text_config(tokenizer, 1)),
+        vae=networks.build_vae(16, SIZES.vae_widths, shifted=True),
+        text_encoder=CLIPTextModel(networks._text_config(tokenizer, SIZES.text_width, 1)),
         tokenizer=tokenizer,
         text_encoder_2=encoder,
         tokenizer_2=spelling,
@@ -129,7 +130,9 @@ def tiny_pixart() -> diffusers.DiffusionPipeline:
         **HEADS, sample_size=8, num_layers=2, cross_attention_dim=32, caption_channels=32
     )
     scheduler = networks._vp_scheduler()
-    return diffusers.PixArtSigmaPipeline(spelling, encoder, networks.build_vae(4), transformer, scheduler)
+    return diffusers.PixArtSigmaPipeline(
+        spelling, encoder, networks.build_vae(4, SIZES.vae_widths, shifted=False), transformer, scheduler
+    )
 
 
 # Name: the pipeline's class, its record, and its tiny pipeline.

@@ -1,0 +1,1 @@
+"""Folders of runs: sweeps, and the state of everything that runs."""
