@@ -27,6 +27,8 @@ from rlg.prompts import Prompt
 from rlg.tinyworld.emoji_captions import Caption, Thing, captions
 from rlg.tinyworld.scenes import COUNTS, SIZE, cells_of, check_split, rank
 
+Placed = tuple[int, int, int, int]  # index into DRAWINGS, left, top, size
+
 
 @dataclass(frozen=True)
 class Group:
@@ -130,13 +132,23 @@ def draw(prompts: Sequence[Prompt], generator: torch.Generator, soft: bool = Fal
     What a caption leaves open (colours, places, sizes, the paper) is drawn from `generator`. soft: the paper goes from
     one pale colour to another, instead of being nearly white.
     """
-    images_B3HW = _gradients(len(prompts), generator) if soft else _papers(len(prompts), generator)
-    for image_3HW, prompt in zip(images_B3HW, prompts, strict=True):
-        for index, x, y, size in layout(prompt.metadata, generator):
+    papers_B3HW = papers(len(prompts), generator, soft)
+    return drawn(papers_B3HW, [layout(prompt.metadata, generator) for prompt in prompts])
+
+
+def drawn(papers_B3HW: Tensor, layouts: Sequence[Sequence[Placed]]) -> Tensor:
+    """Draw layouts onto papers, in place; the same tensor, within [0, 1]."""
+    for image_3HW, placed in zip(papers_B3HW, layouts, strict=True):
+        for index, x, y, size in placed:
             drawing = drawings(size)[index]
             spot = image_3HW[:, y : y + size, x : x + size]
             spot[:] = spot * (1 - drawing[3]) + drawing[:3]
-    return images_B3HW.clamp(0, 1)
+    return papers_B3HW.clamp_(0, 1)
+
+
+def papers(count: int, generator: torch.Generator, soft: bool) -> Tensor:
+    """Empty scenes (B, 3, 64, 64): nearly white, or soft."""
+    return _gradients(count, generator) if soft else _papers(count, generator)
 
 
 def _papers(count: int, generator: torch.Generator) -> Tensor:
@@ -159,7 +171,7 @@ def _pale(count: int, generator: torch.Generator) -> Tensor:
     return 1 - depth_B311 + depth_B311.amin(dim=1, keepdim=True)
 
 
-def layout(metadata: dict[str, Any], generator: torch.Generator) -> list[tuple[int, int, int, int]]:
+def layout(metadata: dict[str, Any], generator: torch.Generator) -> list[Placed]:
     """(index into DRAWINGS, left, top, size) of every drawing that the metadata asks for, in pixels."""
     indices = [i for clause in metadata["include"] for i in [_drawing(clause, generator)] * clause["count"]]
     low, high = SIZES
