@@ -44,10 +44,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from rewards.composition import score
-from rewards.detectors import matching
 from rewards.detectors.detection import Detection
-from rewards.detectors.sprites import DRAWINGS
 from rlg import stats
 from rlg.cli import fail_cleanly
 from rlg.io import atomic, tables
@@ -66,6 +63,8 @@ FIRST, SECOND = "matching (the reward)", "keypoints (learnt)"
 
 def read_by_both(model: nn.Module, images_B3HW: Tensor) -> dict[str, Things]:
     """What each detector sees in each image."""
+    from rewards.detectors import matching
+
     return {FIRST: [matching.detect(image) for image in images_B3HW], SECOND: keypoints.detect(model, images_B3HW)}
 
 
@@ -85,6 +84,8 @@ def agreement(prompts: Sequence[Prompt], read: dict[str, Things]) -> dict[str, A
 
     Intervals are over prompts. `things`: precision and recall of the second detector, with the first as the truth.
     """
+    from rewards.composition import score
+
     texts = [prompt.text for prompt in prompts]
     verdict = {
         name: np.array([score(p.metadata, t).strict for p, t in zip(prompts, things, strict=True)], dtype=float)
@@ -139,7 +140,7 @@ def summarise(options: AgreementOptions, policy: Policy, model: nn.Module) -> di
     """Read scenes and a model's images with both detectors; the content of summary.json."""
     generator = generator_of(options.seed, options.train_steps)  # no step of the training drew from it
     plain, layouts = keypoints.scenes(options.scenes, generator)
-    truth = [[DRAWINGS[index] for index, *_ in placed] for placed in layouts]
+    truth = keypoints.names(layouts)
     scenes = {
         name: {k: precision_and_recall(truth, names_of(things)) for k, things in read_by_both(model, images).items()}
         for name, images in (("plain", plain), ("spoilt", keypoints.spoilt(plain, generator)))

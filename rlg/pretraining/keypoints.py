@@ -72,6 +72,11 @@ def targets(layouts: list[list[emoji.Placed]]) -> Tensor:
     return target_BHW
 
 
+def names(layouts: list[list[emoji.Placed]]) -> list[list[tuple[str, str]]]:
+    """Noun and colour of each thing."""
+    return [[DRAWINGS[index] for index, *_ in placed] for placed in layouts]
+
+
 def spoilt(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     """Images of uneven quality, as a half-trained model's are: blurred, paler or darker, noisy, each by chance."""
     count = len(images_B3HW)

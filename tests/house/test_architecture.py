@@ -60,7 +60,7 @@ LIGHT = {
     ),
     *("rlg.io.pixels.levels", "rlg.io.pixels.to_pil"),
 }
-REWARD_TYPES = {"Reward", "RewardError", "RewardMix", "RewardScores", "RewardSpec"}
+REWARD_TYPES = {"Reward", "RewardError", "RewardMix", "RewardScores", "RewardSpec", "detectors.detection.Detection"}
 # Inside of names too; but "tiny-sd3" is a file's name in a help text, and transformers is a library's.
 FAMILY_WORDS = re.compile(r"(?<!tiny-)(?:sdxl|sd3|unet|transformer(?!s)|velocity|prediction_type)", re.IGNORECASE)
 
@@ -202,7 +202,7 @@ def test_rlg_takes_types_from_rewards_and_builds_none_outside_of_entry_points() 
         of_the_world = ("rewards.detectors.blobs.", "rewards.detectors.sprites.")
         for name, top in taken:
             is_type = name.removeprefix("rewards.") in REWARD_TYPES
-            palette = file.parent.name == "tinyworld" and name.startswith(of_the_world)
+            palette = file.parent.name in ("tinyworld", "pretraining") and name.startswith(of_the_world)
             entry_point = not top or file.name == "__main__.py"
             assert is_type or palette or entry_point, f"{file.relative_to(ROOT)} imports {name}"
 
