@@ -22,7 +22,7 @@ class AgreementOptions:
     output: Path = option(help="folder of what is written")
     train_steps: int = option(1500, "of the second detector")
     scenes: int = option(500, "drawn scenes that both read")
-    k: int = option(2, "images a prompt")
+    k: int = option(4, "images a prompt")
     cfg: tuple[float, ...] = option((1.0, 3.0), "classifier-free guidance scales of the images")
     seed: int = option(0, "of the second detector, the scenes and the noise")
 
@@ -97,7 +97,15 @@ def agreement(prompts: Sequence[Prompt], read: dict[str, Things]) -> dict[str, A
     kappa = (float(same.mean()) - chance) / (1 - chance) if chance < 1 else None
     shares = {name: _estimate(values, texts) for name, values in (*verdict.items(), ("same", same))}
     things = precision_and_recall(*(names_of(read[name]) for name in (FIRST, SECOND)))
-    return {"n": len(texts), "prompts": len(set(texts)), "strict": shares, "kappa": kappa, "things": things}
+    tags = {tag: verdict[FIRST][rows].mean() for tag, rows in _by_tag(prompts).items()}
+    counts = {"n": len(texts), "prompts": len(set(texts))}
+    return {**counts, "strict": shares, "kappa": kappa, "things": things, "tags": tags}
+
+
+def _by_tag(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """Indices of the prompts of each tag."""
+    tags = [prompt.metadata.get("tag", "") for prompt in prompts]
+    return {tag: [i for i, own in enumerate(tags) if own == tag] for tag in dict.fromkeys(tags)}
 
 
 def _estimate(values: np.ndarray, texts: Sequence[str]) -> dict[str, Any]:
@@ -125,6 +133,8 @@ def readme(summary: dict[str, Any], command: str) -> str:
             [_image_row(row) for row in summary["images"]],
         ),
         "Things: precision and recall of the second detector's things, as if the first one's were the truth.",
+        f"Strict by kind of prompt, {FIRST}:",
+        tables.markdown(["CFG", *summary["images"][0]["tags"]], [_tag_row(row) for row in summary["images"]]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -134,6 +144,10 @@ def _image_row(row: dict[str, Any]) -> list[str]:
     kappa = "-" if row["kappa"] is None else f"{row['kappa']:.3f}"
     cells = [f"{row['cfg']:g}", str(row["n"]), *(f"{share:.1%}" for share in shares), kappa]
     return [*cells, ", ".join(f"{share:.1%}" for share in row["things"])]
+
+
+def _tag_row(row: dict[str, Any]) -> list[str]:
+    return [f"{row['cfg']:g}", *(f"{share:.1%}" for share in row["tags"].values())]
 
 
 def summarise(options: AgreementOptions, policy: Policy, model: nn.Module) -> dict[str, Any]:

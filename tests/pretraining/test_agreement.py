@@ -72,13 +72,14 @@ def test_precision_and_recall_by_hand() -> None:
 
 def test_agreement_by_hand() -> None:
     """Verdicts 1 1 0 0 and 1 0 0 0: the same in 3 of 4; by chance in 1/2 * 1/4 + 1/2 * 3/4 = 1/2; kappa 1/2."""
-    fox = Prompt("a fox", {"include": [{"class": "fox", "count": 1}]})
+    fox = Prompt("a fox", {"tag": "single_object", "include": [{"class": "fox", "count": 1}]})
     first = [[seen("fox")], [seen("fox")], [], [seen("owl")]]
     second = [[seen("fox")], [seen("pig")], [], [seen("owl")]]
     row = agreement.agreement([fox] * 4, {agreement.FIRST: first, agreement.SECOND: second})
     assert row["n"] == 4 and row["prompts"] == 1
     assert [row["strict"][name]["mean"] for name in (agreement.FIRST, agreement.SECOND, "same")] == [0.5, 0.25, 0.75]
     assert row["kappa"] == pytest.approx(0.5)
+    assert row["tags"] == {"single_object": 0.5}
     assert row["things"] == pytest.approx((2 / 3, 2 / 3))
 
 
