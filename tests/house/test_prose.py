@@ -61,8 +61,9 @@ def count_words(sentence: str) -> int:
 
 
 def count_prose(docstring: str) -> int:
-    """Lines of a docstring, without formulas, legends, usage (all are indented) and numbered items."""
-    lines = [line for line in docstring.splitlines() if line.strip()]
+    """Lines of a docstring, without formulas and usage (they are indented), legends and numbered items."""
+    paragraphs = [paragraph for paragraph in docstring.split("\n\n") if not paragraph.startswith("Legend:")]
+    lines = [line for line in "\n".join(paragraphs).splitlines() if line.strip()]
     return sum(not line.startswith(" ") and not _NUMBERED.match(line) for line in lines)
 
 
@@ -112,7 +113,7 @@ def test_unfinished_packages_exist() -> None:
         ("Whether a row is whole.", "begins with"),
         ("One two three four five six seven eight nine ten eleven twelve\nthirteen.", "13 words"),
         ("A formula, `a b c d e f g h i j k l m n`, and (B, 3, H, W) count as two.", None),
-        ("Sum.\n\n    y = x\n\n1. No offset.\n2. No scale.\n" + "A line.\n" * 7, None),
+        ("Sum.\n\n    y = x\n\nLegend: B batch,\nT steps.\n\n1. No offset.\n2. No scale.\n" + "A line.\n" * 7, None),
         ("Sum.\n" + "A line.\n" * 8, "9 lines"),
     ],
 )
