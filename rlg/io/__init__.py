@@ -1,1 +1,4 @@
-"""Files: parsed strictly, written whole, locked while a process writes them."""
+"""Reading and writing files.
+
+Files are parsed strictly and written whole. A folder is locked while a process writes to it.
+"""

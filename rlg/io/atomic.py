@@ -1,4 +1,7 @@
-"""Writing what must outlive a kill, a full disk and a loss of power: whole or not at all, and on the disk."""
+"""Atomic writes of files and folders.
+
+A kill, a full disk or a loss of power leaves the old content or all of the new. A finished write is on the disk.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _TEMPORARY = ".tmp"
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's list of names."""
+    """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,12 +26,18 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file: at any moment it has its old content or all of the new. Raises OSError, which names it."""
+    """Replace a file's content.
+
+    At any moment the file has its old content or all of the new. Raises OSError, which names the file.
+    """
     write_parts(path, [text])
 
 
 def write_parts(path: Path, parts: Iterable[str]) -> None:
-    """As `write_text`, of a text that is never held as a whole."""
+    """Write a text as `write_text` does, part by part.
+
+    The text is never held in memory as a whole.
+    """
     temporary = path.with_name(f".{path.name}{_TEMPORARY}")
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -43,7 +52,10 @@ def write_parts(path: Path, parts: Iterable[str]) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file or folder is what a kill left of something that was being written or deleted."""
+    """Tell whether a kill left this file or folder behind.
+
+    A process was writing or deleting it at that moment.
+    """
     return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
@@ -54,19 +66,25 @@ def forget_leftovers(folder: Path) -> None:
 
 
 def temporary_of(folder: Path) -> Path:
-    """Where a folder is put together before `publish`."""
+    """The place where a folder is put together before `publish`."""
     return folder.with_name(f".{folder.name}{_TEMPORARY}")
 
 
 def publish(folder: Path) -> None:
-    """Give `temporary_of(folder)` its name, and have the disk know; what was there under that name is deleted."""
+    """Give `temporary_of(folder)` its name, and flush that to the disk.
+
+    A folder that had this name before is deleted.
+    """
     discard(folder)
     os.replace(temporary_of(folder), folder)
     sync(folder.parent)
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, if it is there, so that no part of it is ever seen under its name."""
+    """Delete a folder, if it is there.
+
+    No part of it is ever seen under its name.
+    """
     if folder.is_dir():
         aside = folder.with_name(f".{folder.name}.old{_TEMPORARY}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -75,7 +93,7 @@ def discard(folder: Path) -> None:
 
 
 def clear(folder: Path, keep: Collection[str] = ()) -> None:
-    """Delete what a folder holds, but for some names."""
+    """Delete the content of a folder, except for some names."""
     for path in folder.iterdir():
         if path.name not in keep:
             _delete(path)
@@ -87,7 +105,10 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def explaining(what: str, kept: Callable[[], str]) -> Iterator[None]:
-    """Within, an error of the system (a full disk, say) becomes an OSError that says what failed and what is kept."""
+    """Turn an error of the system into an OSError that explains it.
+
+    The message says what failed (on a full disk, for example) and what is kept.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,7 @@
-"""Folders that one process writes: a lock that ends with its process, and no links that lead out."""
+"""Folders that one process writes.
+
+A lock ends with the process that holds it. No link in the folder may lead out of it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from rlg.io import atomic
 
 
 def check_links(folder: Path) -> None:
-    """Raise ValueError if something in a folder is a link that leads out of it, before anything is written there."""
+    """Raise ValueError if a link in a folder leads out of it.
+
+    Call this before anything is written there.
+    """
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     for entry in inside:
         if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
@@ -24,15 +30,17 @@ def check_links(folder: Path) -> None:
 
 
 LOCK = ".lock"
-_TRIES, _PAUSE = 5, 0.05  # `check` of another command holds the lock for a moment; seconds
+# Try again, because `check` of another command holds the lock for a moment. The pause is in seconds.
+_TRIES, _PAUSE = 5, 0.05
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Within, no other process may write to the folder, which is created. Raises ValueError if another one does.
+    """Keep other processes from writing to a folder, which is created.
 
-    The file goes with the lock, and so do folders that were made for it and stayed empty.
+    Raises ValueError if another process holds the folder. The lock file is removed at the end. So are folders that
+    were made for it and stayed empty.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -51,7 +59,10 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError if another process holds the folder, or nothing can be written there; touches nothing."""
+    """Raise ValueError if a folder is in use or cannot be written.
+
+    This changes nothing on the disk.
+    """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise ValueError(f"cannot write to {folder}: {nearest} is no folder")
@@ -66,7 +77,10 @@ def check(folder: Path) -> None:
 
 
 def content(folder: Path) -> list[Path]:
-    """What a folder holds besides the lock and what a kill left; nothing if it is not there."""
+    """Files and folders inside a folder, without lock and leftovers.
+
+    The list is empty if the folder does not exist.
+    """
     found = folder.iterdir() if folder.is_dir() else ()
     return [path for path in found if path.name != LOCK and not atomic.is_leftover(path)]
 
@@ -91,7 +105,10 @@ def _acquire(folder: Path) -> int:
 
 
 def _sign(descriptor: int, path: Path) -> None:
-    """Write who holds the lock; where that fails (a full disk), no file stays behind."""
+    """Write who holds the lock.
+
+    If this fails (on a full disk), no file stays behind.
+    """
     try:
         os.truncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
@@ -102,7 +119,10 @@ def _sign(descriptor: int, path: Path) -> None:
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
-    """Whether a locked file is still the one of that name: its last owner may have deleted it just before."""
+    """Tell whether a locked file still has this name.
+
+    Its last owner may have deleted it just before it was locked.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

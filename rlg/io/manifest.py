@@ -1,9 +1,9 @@
-"""Manifests: what a checkpoint's files must be for it to be whole.
+"""Manifests, which tell whether a checkpoint is whole.
 
-manifest.json   {"version": 1, "files": {"adapter/adapter_model.safetensors": {"bytes": N, "sha256": "..."}, ...}}
+    manifest.json   {"version": 1, "files": {"adapter/adapter_model.safetensors": {"bytes": N, "sha256": "..."}, ...}}
 
-It is written last, when the disk holds all the files that it names: a folder that agrees with its manifest is whole.
-Files that came later do no harm, and the model card is not in it: evaluations bring that up to date.
+The manifest is written last, when the disk holds all the files that it names. A folder that agrees with its manifest
+is whole. Files that were added later do no harm. The model card is not listed, because evaluations update it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _BLOCK = 2**20  # bytes read at a time
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a folder's files, and have the disk hold both. Raises OSError."""
+    """Write the manifest of a folder's files.
+
+    The disk holds the files and the manifest when this returns. Raises OSError.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _OPEN)
     rows = {path.relative_to(folder).as_posix(): _describe(path) for path in files}
     for path in files:
@@ -33,9 +36,9 @@ def seal(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What keeps a folder from being what its manifest says, in words; None if nothing does.
+    """Describe the first difference between a folder and its manifest.
 
-    Raises FileNotFoundError where there is no manifest.
+    Returns None if there is no difference. Raises FileNotFoundError where there is no manifest.
     """
     try:
         rows = _read(folder)
@@ -45,13 +48,17 @@ def fault(folder: Path) -> str | None:
 
 
 def fault_of(file: Path) -> str | None:
-    """What keeps one file from being what a manifest in its folder, or the folder above, says; None if none does."""
+    """Describe the difference between one file and its manifest.
+
+    The manifest lies in the file's folder or in the folder above. Returns None if there is no difference, or no
+    manifest.
+    """
     for folder in (file.parent, file.parent.parent):
         if (folder / MANIFEST).is_file():
             try:
                 row = _read(folder).get(file.relative_to(folder).as_posix())
             except (ValueError, TypeError, AttributeError, KeyError):
-                return None  # not a manifest of ours
+                return None  # this project did not write the manifest
             return None if row is None else _fault(file, file.name, row)
     return None
 

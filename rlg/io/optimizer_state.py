@@ -1,4 +1,4 @@
-"""Optimizer and generator state as safetensors, so that a checkpoint never needs a pickle."""
+"""Optimizer state as safetensors, so that a checkpoint needs no pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 
 def save_optimizer_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write torch's `state_dict` of an optimizer: tensors by "index.name", all else as JSON in the header."""
+    """Write torch's `state_dict` of an optimizer.
+
+    Tensors are stored by "index.name". All else is JSON in the header.
+    """
     tensors, plain = {}, {}
     for index, slots in state["state"].items():
         for name, value in slots.items():
@@ -33,8 +36,10 @@ def save_optimizer_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Restore what `save_optimizer` wrote. Raises ValueError where the parameters don't match, KeyError or TypeError
-    for what it never writes.
+    """Restore what `save_optimizer` wrote.
+
+    Raises ValueError where the parameters do not match. Raises KeyError or TypeError for content that `save_optimizer`
+    never writes.
     """
     state = read_optimizer_state(path)
     check_shapes(state, [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]], path)
@@ -42,7 +47,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 
 def check_shapes(state: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], path: Path) -> None:
-    """Raise ValueError unless every tensor of a `state_dict` is a number, or of its parameter's shape."""
+    """Raise ValueError if a tensor of a `state_dict` has a wrong shape.
+
+    A tensor must be a single number, or have the shape of its parameter.
+    """
     for index, slots in state["state"].items():
         known = shapes[index] if 0 <= index < len(shapes) else None
         for name, value in slots.items():

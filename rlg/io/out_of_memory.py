@@ -1,6 +1,6 @@
-"""One line for a command that runs out of memory.
+"""One-line errors for commands that run out of memory.
 
-It says what was being done, what to lower, and what is kept. Nothing here imports torch.
+The line says what was being done, what to lower, and what is kept. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _SIGNS = ("out of memory", "t allocate memory", "cannot allocate memory", "bad_a
 def is_shortage(error: BaseException) -> bool:
     """Tell whether an error says that memory ran out.
 
-    Of the machine or of a device: libraries have many words for it.
+    Libraries have many messages for it, and it may be memory of the machine or of a device.
     """
     text = str(error).lower()
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
 
 
 def told(error: BaseException) -> str:
-    """The error's own words, without where in the allocator it was."""
+    """The error's own message, without the place in the allocator."""
     text = str(error).rpartition("DefaultCPUAllocator: ")[2]
     return textwrap.shorten(text, 160) or type(error).__name__
 
@@ -31,7 +31,8 @@ def told(error: BaseException) -> str:
 def explaining(advice: Mapping[str, str], kept: Callable[[], str]) -> Iterator[None]:
     """Turn a shortage of memory into a ValueError with advice.
 
-    advice: by the name of a function, of which the innermost at work decides; "" is for anything else.
+    advice: a text by the name of a function. The innermost function at work that has a text decides; "" is for all
+    others.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Strict reading of YAML and JSON, whoever wrote the file.
 
-The readers refuse what the libraries let pass: a key that comes twice, and nesting beyond reason. Both end in a
-ValueError. YAML's aliases may stand for single values alone: nine lists of nine aliases each are gigabytes when
-printed.
+The readers refuse two things that the libraries accept: a key that is given twice, and nesting beyond reason. Both
+raise ValueError. A YAML alias may stand for a single value only, because nine lists of nine aliases each become
+gigabytes when they are printed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 
-_MAX_YAML = 10**6  # bytes; PyYAML reads some 10^5 a second
-_MAX_DIGITS = 20  # of an integer in JSON: 64 bits
-_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)  # and strings, which may hold some
+_MAX_YAML = 10**6  # bytes; PyYAML reads about 10^5 in a second
+_MAX_DIGITS = 20  # a JSON integer of 64 bits has no more digits
+# Strings are matched as well, because they may hold brackets that do not count.
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{\]}]', re.DOTALL)
 _TOO_DEEP = "lists and mappings are nested too deeply"
-_MAX_DEPTH = 64  # of lists and mappings in each other; what prints or copies them goes down by recursion
+_MAX_DEPTH = 64  # levels of lists and mappings; printing and copying them is recursive
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but for aliases of lists and mappings, and keys that are given twice."""
+    """PyYAML's safe loader, with two more checks.
+
+    It refuses aliases of lists and mappings, and keys that are given twice.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -53,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise
     except RecursionError as error:
         raise ValueError(f"{path} is not valid YAML: {_TOO_DEEP}") from error
-    except Exception as error:  # PyYAML raises its own, and whatever a tag's constructor meets
+    except Exception as error:  # PyYAML raises its own errors, and those of a tag's constructor
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path} must be a mapping of options to values")
@@ -95,7 +99,10 @@ def _check_depth(value: Any) -> None:
 
 
 def check_nesting(file: Path) -> None:
-    """Raise ValueError for JSON, or lines of it, nested beyond reason; Arrow's reader would take the process down."""
+    """Raise ValueError for JSON, or JSON lines, nested beyond reason.
+
+    Arrow's reader crashes the process on such a file.
+    """
     depth = 0
     with file.open("rb") as opened:
         if not file.stat().st_size:
@@ -135,7 +142,10 @@ def _shown(value: Any) -> str:
 
 
 def check_type(where: str, value: Any, kind: Any) -> None:
-    """Raise ValueError unless a value is of a dataclass field's type; a float must be finite, and may be whole."""
+    """Raise ValueError unless a value has a dataclass field's type.
+
+    A float must be finite. It may be written as a whole number.
+    """
     if not _is(value, kind):
         name = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
         raise ValueError(f"{where} must be {name.replace('NoneType', 'None')}, got {_shown(value)}")

@@ -1,6 +1,6 @@
-"""Images as bytes: the one place where pixels in [0, 1] become 256 levels.
+"""Conversion of pixels in [0, 1] to bytes.
 
-It needs no torch of its own, so that rewards and their servers can take it.
+No other module does it. Torch is not imported, so that rewards and their servers can use this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def levels(images_B3HW: Tensor) -> Tensor:
-    """Images, float in [0, 1] of any layout, rounded to the nearest of 256 levels; uint8."""
+    """Images rounded to the nearest of 256 levels, as uint8.
+
+    images_B3HW: floats in [0, 1]. Other layouts work as well.
+    """
     return (images_B3HW.float() * 255).round().clamp(0, 255).byte()
 
 

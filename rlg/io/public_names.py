@@ -1,8 +1,8 @@
 """Names and settings as others may see them.
 
-Nothing that leaves this machine says where things are here, or which servers are asked. Model cards, pushed adapters,
-trackers and reports pass everything through here. A hub id and a tinyworld name are public. Of a path the last part
-stays, of a reward with a local model its name; a server's address goes altogether.
+Nothing that leaves this machine names its folders or the servers that it asks. Model cards, pushed adapters, trackers
+and reports pass their texts through this module. A hub id and a tinyworld name are public. A path keeps its last part,
+and a reward with a local model keeps its name. A server's address is removed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ LOCAL, SERVER = "(local)", "(server)"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _NAMED = re.compile(r"(--)?([A-Za-z_][\w.]*)=(.+)", re.DOTALL)
-_PATH = re.compile(r"[/~]|\.{1,2}[/\\]|\\\\|[A-Za-z]:\\")  # how a path begins
 _BETWEEN = re.compile(r"([\s\"'`,;()\[\]{}<>|]+)")
 _FILES = re.compile(r"\.(txt|jsonl?|csv|tsv|parquet|ya?ml|safetensors|pth?|bin|png|py)(:\d+)?$")
-_BASE = "base_model_name_or_path"  # PEFT's name of it
+_BASE = "base_model_name_or_path"  # PEFT's key of the base model
 
 
 def is_hub_id(name: str, near: Path | None = None) -> bool:
     """Tell whether a name is a repository of the hub.
 
-    It reads as one, and is nothing here, seen from this folder or from one above `near`.
+    It must look like one. No such path may exist, seen from the working directory or from a folder above `near`.
     """
     if _HUB_ID.fullmatch(name) is None or _FILES.search(name):
         return False
@@ -38,14 +37,14 @@ def is_hub_id(name: str, near: Path | None = None) -> bool:
 
 
 def base(name: str, near: Path | None = None) -> str | None:
-    """The public name of a base model, None if it has none."""
+    """The public name of a base model, or None."""
     return name if name in WORLD_MODELS or is_hub_id(name, near) else None
 
 
 def value(found: Any, near: Path | None = None) -> Any:
-    """A setting, or a mapping of them, as others may see it.
+    """A setting, or a mapping of settings, as others may see it.
 
-    near: as of `is_hub_id`.
+    near: as in `is_hub_id`.
     """
     if isinstance(found, Mapping):
         return {key: value(each, near) for key, each in found.items()}
@@ -55,19 +54,20 @@ def value(found: Any, near: Path | None = None) -> Any:
 
 
 def command(line: str) -> str:
-    """A command line as others may see it: it can be pasted, if its paths lie below the folder that it was given in.
+    """A command line as others may see it.
 
-    Relative paths stay, and what lies elsewhere keeps its last part.
+    A relative path below the working directory stays, so that the line can be pasted. Any other path keeps its last
+    part.
     """
     try:
         words = shlex.split(line)
-    except ValueError:  # not of ours
+    except ValueError:  # this project did not write the line
         return str(value(line))
     return shlex.join(word if _is_below(word) else str(value(word)) for word in words)
 
 
 def _is_below(word: str) -> bool:
-    """Whether a word of a command is a path below the folder that it was given in, or no path."""
+    """Tell whether a word holds no path out of the working directory."""
     inside = word.rpartition("=")[2]
     return not (_begins_as_path(inside) or _URL.search(word) or "\\" in word or ".." in PurePosixPath(inside).parts)
 
@@ -81,7 +81,7 @@ def _text(text: str, near: Path | None) -> str:
     if text.startswith("hub:"):
         place, *rest = text.removeprefix("hub:").rsplit(":", 2)
         return ":".join(["hub", place if is_hub_id(place, near) else _last(place), *rest])
-    if " + " in text:  # as meta.json names two adapters
+    if " + " in text:  # meta.json joins two adapters so
         return " + ".join(_text(part, near) for part in text.split(" + "))
     if _begins_as_path(text) and "\n" not in text:
         return _last(text)
@@ -97,7 +97,7 @@ def _token(text: str, near: Path | None) -> str:
 
 
 def _is_plain(text: str, near: Path | None) -> bool:
-    """Whether a word is no path and no address."""
+    """Tell whether a word is neither a path nor an address."""
     if _begins_as_path(text) or _URL.search(text):
         return False
     return is_hub_id(text, near) or not ("/" in text or "\\" in text) or text.startswith("tinyworld:")
@@ -112,7 +112,7 @@ def _begins_as_path(text: str) -> bool:
 def _last(path: str) -> str:
     """The last part of a path.
 
-    `LOCAL` where that is a place rather than a name: a home folder, or what is above.
+    It is `LOCAL` if that part says where something is: a home folder, or a folder above it.
     """
     name = PurePosixPath(path.replace("\\", "/")).name
     home = Path.home()
@@ -121,7 +121,7 @@ def _last(path: str) -> str:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy a file of an adapter without the name of a local base.
+    """Copy a file of an adapter, without a local base's name.
 
     The name may be in its settings (.json) or in the header of its weights.
     """
@@ -159,6 +159,6 @@ def _without_base_in_text(text: str, near: Path) -> str:
 def _without_base(row: Mapping[str, Any], near: Path | None) -> dict[str, Any]:
     """Settings in which a base without a public name is null.
 
-    In a diffusers file the keys begin with a part's name.
+    In a file of diffusers, a key begins with the name of a part.
     """
     return {k: base(str(v), near) if v and k.rpartition(".")[2] == _BASE else v for k, v in row.items()}

@@ -1,6 +1,6 @@
-"""Names of what lies in a run's folder, and the settings that an evaluation takes from it.
+"""File names in a run's folder, and the settings for its evaluations.
 
-Every other module takes the names from here.
+All other modules take the names from here.
 
     runs/NAME/           config.yaml metrics.jsonl samples/step-N.png checkpoint-N/ eval/ID/
     checkpoint-N/        adapter/ config.yaml state.json trainer_state/ README.md
@@ -21,12 +21,12 @@ CONFIG, METRICS, SAMPLES, EVALUATIONS = "config.yaml", "metrics.jsonl", "samples
 ADAPTER, STATE, TRAINER_STATE, CARD = "adapter", "state.json", "trainer_state", "README.md"
 AVERAGE = "average.json"
 META, ROWS, IMAGES = "meta.json", "scores.jsonl", "images"
-PLAN = "plan.json"  # {"images": how many rows there will be}, for `rlg.status`
+PLAN = "plan.json"  # {"images": the final number of rows}, which `rlg.status` reads
 SUMMARY, CURVES, PAGE = "summary.json", "curves.png", "report.html"
-ALL_ROWS = "scores*.jsonl"  # pattern: joined ones, and those of single processes
-UNJOINED_ROWS = "scores-*.jsonl"  # pattern: the latter alone
+ALL_ROWS = "scores*.jsonl"  # pattern of joined rows and of the rows of single processes
+UNJOINED_ROWS = "scores-*.jsonl"  # pattern of the rows of single processes alone
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
-_FROM_RUN = {  # options that an evaluation takes from a training, and their types
+_FROM_RUN = {  # option that an evaluation takes from a training: its type
     "prompts": str,
     "prompt_column": str,
     "reward": list[str],
@@ -40,19 +40,22 @@ _FROM_RUN = {  # options that an evaluation takes from a training, and their typ
     "vae_dtype": str,
     "t5_length": int,
 }
-_RENAMED = ("base", "batch_size", "cfg", "level", "steps", "train_cfg")  # options that had other names in older files
-_HELD_OUT = "eval_prompts"  # prompts of a training that an evaluation takes: it never saw them
+_RENAMED = ("base", "batch_size", "cfg", "level", "steps", "train_cfg")  # older files have other names of these
+_HELD_OUT = "eval_prompts"  # an evaluation takes these prompts, because the training never saw them
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The options of a run's config.yaml by their names of today. Raises ValueError for a file that is damaged."""
+    """The options of a run's config.yaml, by their present names.
+
+    Raises ValueError for a file that is damaged.
+    """
     return canonical_keys(read_yaml(file), _RENAMED, str(file))
 
 
 def run_settings(ckpt: Path) -> dict[str, Any]:
-    """What a training run's config says of evaluation; empty for an adapter that is no checkpoint of ours.
+    """Options that an evaluation takes from a training run's config.
 
-    Raises ValueError for a config that is damaged.
+    The result is empty for an adapter that is no checkpoint of this project. Raises ValueError for a damaged config.
     """
     file = ckpt / CONFIG
     if not file.is_file():
@@ -66,12 +69,18 @@ def run_settings(ckpt: Path) -> dict[str, Any]:
 
 
 def is_of_run(config: Path) -> bool:
-    """Whether a file is the config.yaml of a run, or of a checkpoint, and none that a user wrote."""
+    """Tell whether a config.yaml belongs to a run or a checkpoint.
+
+    A config that a user wrote does not.
+    """
     return config.name == CONFIG and any((config.parent / name).is_file() for name in (METRICS, STATE))
 
 
 def checkpoint_name(step: int | str) -> str:
-    """Name of the checkpoint after so many iterations; with "*" the pattern of all."""
+    """Name of the checkpoint after so many iterations.
+
+    "*" gives the pattern of all checkpoints.
+    """
     return f"checkpoint-{step}"
 
 
@@ -81,7 +90,10 @@ def checkpoint_at(run: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: str) -> int | None:
-    """Iterations before a checkpoint of this name; None for a name of something else."""
+    """The iteration of a checkpoint, by its name.
+
+    Returns None if this is not the name of a checkpoint.
+    """
     match = _CHECKPOINT.fullmatch(checkpoint)
     return int(match[1]) if match else None
 
@@ -92,7 +104,10 @@ def state_file(checkpoint: Path, name: str) -> Path:
 
 
 def sample_name(step: int, suffix: str) -> str:
-    """Name of the grid of samples, or of its captions, after so many iterations."""
+    """Name of a file of samples after so many iterations.
+
+    The suffix tells the grid of images from its captions.
+    """
     return f"step-{step:06d}{suffix}"
 
 
@@ -102,5 +117,8 @@ def image_name(prompt_id: int, k: int, w: float) -> str:
 
 
 def rows_name(rank: int) -> str:
-    """Name of the rows that one process has scored, before they are joined."""
+    """Name of the rows that one process has scored.
+
+    They are joined at the end of an evaluation.
+    """
     return f"scores-{rank}.jsonl"

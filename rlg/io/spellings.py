@@ -1,7 +1,7 @@
-"""Names of options: what each is called here, and its other names.
+"""Names of options: the one that is used here, and others.
 
-An option has one name in every command. The former names and those of the field are accepted on the command line, in
-YAML, and in the config.yaml of a run.
+An option has one name in every command. Its former names, and those that are usual in the field, are accepted on the
+command line, in YAML, and in the config.yaml of a run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-# Other name: the names here that it may stand for, of which the first that a command has is meant.
+# Other name: the names that it may stand for. The first one that a command has is meant.
 SPELLINGS = {
     "batch": ("batch_size",),
     "blend_modes": ("method",),
@@ -34,16 +34,19 @@ SPELLINGS = {
 
 
 def canonical(name: str, known: Container[str]) -> str:
-    """The name here of an option, `SPELLINGS` apart its own; known: the options that the command has."""
+    """The name of an option that a command uses.
+
+    known: the options of the command. A name without an entry in `SPELLINGS` stays as it is.
+    """
     if name in known:
         return name
     return next((each for each in SPELLINGS.get(name, ()) if each in known), name)
 
 
 def canonical_keys(row: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
-    """The same values by the options' names here.
+    """The same values, by the names that a command uses.
 
-    where: what the row was read from. Raises ValueError for an option that comes under two names.
+    where: the source of the row, for messages. Raises ValueError for an option that is given under two names.
     """
     found: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -56,7 +59,10 @@ def canonical_keys(row: Mapping[str, Any], known: Container[str], where: str) ->
 
 
 def canonical_words(words: Sequence[str], known: Container[str]) -> list[str]:
-    """A command line with the options' names here. Raises ValueError for an option that comes under two names."""
+    """A command line with the names that a command uses.
+
+    Raises ValueError for an option that is given under two names.
+    """
     result: list[str] = []
     origin: dict[str, str] = {}
     for word in words:

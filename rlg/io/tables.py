@@ -1,4 +1,4 @@
-"""Tables: Markdown, CSV files for spreadsheets without formulas, and the form of a measured number.
+"""Tables in Markdown and CSV, and the format of measured numbers.
 
 A file is written whole or not at all.
 """
@@ -14,13 +14,13 @@ from typing import Any
 
 from rlg.io import atomic
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheets compute (OWASP, CSV injection)
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets compute a cell that begins so (OWASP, CSV injection)
 
 
 def cell(value: Any) -> Any:
     """A value that no spreadsheet takes for a formula.
 
-    Before a text that would be one stands an apostrophe. Numbers stay numbers.
+    A text that would be one gets an apostrophe in front. Numbers stay numbers.
     """
     if isinstance(value, (int, float)) or value is None:
         return value
@@ -51,9 +51,9 @@ def write(path: Path, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> No
 
 
 def number(value: float, digits: int = 4, signed: bool = False) -> str:
-    """A measured number to so many significant digits, as 0.00704, 12.30 or 1560.
+    """A measured number with a given count of significant digits.
 
-    No exponent, and no point at the end, but for what is under 10^-6 or over 10^9.
+    Examples are 0.00704, 12.30 and 1560. Between 10^-6 and 10^9 there is no exponent, and no point at the end.
     """
     text = f"{value:{'+' if signed else ''}#.{digits}g}"
     if "e" in text and 1e-6 <= abs(value) <= 1e9:

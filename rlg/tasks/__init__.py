@@ -1,1 +1,1 @@
-"""Prompt sets: from files, from datasets, from the tinyworld."""
+"""Prompt sets from files, from datasets and from the tinyworld."""

@@ -1,4 +1,7 @@
-"""Files of prompts: text, tables (csv, tsv, parquet) and JSON, as rows of columns."""
+"""Readers for files of prompts.
+
+They take text, tables (csv, tsv, parquet) and JSON, and give rows of columns.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ from typing import Any
 
 from rlg.io.parsing import parse_json
 
-PROMPT = "prompt"  # the column of a prompt, if none is named
-Row = tuple[str, dict[str, Any]]  # where it stands, and column -> value
+PROMPT = "prompt"  # the default column
+Row = tuple[str, dict[str, Any]]  # its place for messages, and its values by column
 
 
 def read(path: Path, column: str | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """(prompt, metadata) of each row: the text under `column` (default: prompt), and the other columns.
+    """Each row of a file as `(prompt, metadata)`.
 
-    A .txt file, or one without a suffix, has a prompt a line and no metadata; blank lines are none. A missing value
-    (null) is left out of the metadata, and so is a binary column of a parquet file, such as an image. The cells of a
-    .csv or .tsv file are texts. Raises ValueError, with the line or row, for another suffix and for what is malformed.
+    The prompt is the text under `column` (default: prompt); the metadata is the other columns. A .txt file, or one
+    without a suffix, has one prompt a line and no metadata. Blank lines are skipped. A missing value (null) is left
+    out of the metadata, and so is a binary column of a parquet file, such as an image. The cells of a .csv or .tsv
+    file are texts. Raises ValueError for an unknown suffix. For malformed content, the message names the line or row.
     """
     rows_of = _READERS.get(path.suffix.lower())
     if rows_of is None:
@@ -29,7 +33,7 @@ def read(path: Path, column: str | None = None) -> list[tuple[str, dict[str, Any
 
 
 def has_columns(source: str) -> bool:
-    """Tell whether a prompt set is a file with columns to choose from."""
+    """Tell whether a prompt set is a file with columns."""
     return _READERS.get(Path(source).suffix.lower(), _lines) is not _lines
 
 
@@ -38,7 +42,7 @@ def _split(row: dict[str, Any], column: str, place: str) -> tuple[str, dict[str,
     if not isinstance(text, str):
         names = ", ".join(map(str, row)) or "nothing"
         raise ValueError(f"{place}: a row needs a text under `{column}`; it has {names} (--prompt_column chooses)")
-    if any("\ud800" <= sign <= "\udfff" for sign in text):  # no tokenizer takes it, and no file
+    if any("\ud800" <= sign <= "\udfff" for sign in text):  # no tokenizer and no file accepts such a text
         raise ValueError(f"{place}: the prompt holds half a surrogate pair, which is no text")
     return text, {name: value for name, value in row.items() if name != column}
 
@@ -51,7 +55,8 @@ def _text(path: Path) -> str:
 
 
 def _numbered(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # not splitlines: prompts may hold other marks
+    # `splitlines` would also cut at other marks, which prompts may hold.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line.strip()
 
@@ -67,7 +72,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects, or an object a line."""
+    """Objects from a list, or from one object a line."""
     if not _text(path).lstrip().startswith("["):
         yield from _json_lines(path)
         return
@@ -106,7 +111,7 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Row]]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow  # datasets brings it
+    import pyarrow  # `datasets` depends on it
     from pyarrow import parquet
 
     try:
@@ -120,7 +125,10 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _is_binary(kind: Any) -> bool:
-    """Tell whether a type is bytes, or holds them: an image is a struct of bytes and a path."""
+    """Tell whether a type is bytes, or holds bytes.
+
+    An image is a struct of bytes and a path.
+    """
     from pyarrow import types
 
     inside = [kind.field(i).type for i in range(kind.num_fields)] if types.is_nested(kind) else []
@@ -128,7 +136,10 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The same as JSON has it, without keys of no value: a table has them where only other rows have the key."""
+    """The same value without keys whose value is null.
+
+    A table has a null where only other rows have the key. JSON would leave the key out.
+    """
     if isinstance(value, dict):
         return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     if isinstance(value, list):

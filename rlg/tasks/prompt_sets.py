@@ -1,4 +1,7 @@
-"""Prompts and their metadata: files, columns of datasets, and the tinyworld's own sets."""
+"""Loading of prompts with their metadata.
+
+Sources are files, columns of datasets, and the tinyworld's own sets.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,24 @@ from rlg.tasks import prompt_files
 
 _TINYWORLD = "tinyworld:"
 HUB = "hub:"
-ELSEWHERE = (HUB, _TINYWORLD)  # what prompt sets that are no files begin with
+ELSEWHERE = (HUB, _TINYWORLD)  # prefixes of prompt sets that are no files
 _HUB_FORM = f"{HUB}OWNER/NAME:SPLIT:COLUMN"
-_SIGNS = 256  # how many signs the tinyworld's text sets hold
+_SIGNS = 256  # prompts in each of the tinyworld's text sets
 
 
 def load(source: str, column: str | None = None) -> list[Prompt]:
     """Prompts of a source, in a fixed order.
 
-    source: `tinyworld:composition/train` (or text, all, emoji; or test), a file, or a column of texts of a dataset,
-    `hub:OWNER/NAME:SPLIT:COLUMN`, as hub:yuvalkirstain/pickapic_v1_no_images:test_unique:caption; a folder with its
-    files may stand for OWNER/NAME. Files: .txt with a prompt a line; .csv, .tsv, .json, .jsonl or .parquet with the
-    prompt under `column` (default: prompt), whose other columns are metadata, as GenEval's (`rlg.tasks.prompt_files`).
-    Raises ValueError if it is missing, empty or malformed.
+    source is one of these:
+
+        tinyworld:KIND/SPLIT           KIND: composition, text, all or emoji; SPLIT: train or test
+        hub:OWNER/NAME:SPLIT:COLUMN    texts of a dataset: hub:yuvalkirstain/pickapic_v1_no_images:test_unique:caption
+        FILE.txt                       one prompt a line
+        FILE                           .csv, .tsv, .json, .jsonl or .parquet, with the prompt under `column`
+
+    A folder with a dataset's files may stand for OWNER/NAME. The default of `column` is "prompt"; the other columns
+    become metadata, as in GenEval's file (`rlg.tasks.prompt_files`). Raises ValueError if the source is missing, empty
+    or malformed.
     """
     if source.startswith(HUB):
         return _dataset(source)
@@ -43,9 +51,10 @@ def load(source: str, column: str | None = None) -> list[Prompt]:
 
 
 def load_each(sources: Sequence[str | None], column: str | None) -> list[list[Prompt]]:
-    """Prompts of each source (None: none of them); `column` is of those that are files with columns.
+    """Prompts of each source; a source that is None has none.
 
-    Raises ValueError as `load` does, and for a column where no source has any.
+    column: the column of prompts, for sources that are files with columns. Raises ValueError as `load` does, and for a
+    column where no source has any.
     """
     asked = [source for source in sources if source]
     if column is not None and not asked:
@@ -56,7 +65,10 @@ def load_each(sources: Sequence[str | None], column: str | None) -> list[list[Pr
 
 
 def _dataset(source: str) -> list[Prompt]:
-    """Texts of a column, in the dataset's order; the other columns are not metadata."""
+    """Texts of a column, in the dataset's order.
+
+    The other columns are not used as metadata.
+    """
     parts = source.removeprefix(HUB).rsplit(":", 2)
     if len(parts) != 3 or not all(parts):
         raise ValueError(f"a prompt set of the hub is named {_HUB_FORM}, got {source!r}")
@@ -81,7 +93,7 @@ def _rows(name: str, split: str, column: str) -> Any:
         for file in Path(name).rglob("*.json*") if Path(name).is_dir() else ():
             check_nesting(file)
         return datasets.load_dataset(name, split=split)
-    except Exception as error:  # datasets and the hub raise whatever they meet
+    except Exception as error:  # `datasets` and the hub do not say what they raise
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
         message = f"cannot read the prompts {HUB}{name}:{split}:{column} ({reason})"
         if not Path(name).is_dir():

@@ -23,9 +23,7 @@ UNFINISHED_FIRST = {
     "rlg.evaluation",
     "rlg.guidance",
     "rlg.integrations",
-    "rlg.io",
     "rlg.models",
-    "rlg.tasks",
 }
 UNFINISHED_SECOND = {
     "rewards",
