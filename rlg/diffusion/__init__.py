@@ -1,1 +1,1 @@
-"""Noise processes, and the sampling loop over them, for any model family."""
+"""Noise processes and one sampling loop, for any model family."""

@@ -1,4 +1,7 @@
-"""Conditioning, Predictor and Outputs: the signature that every network and every guidance rule shares."""
+"""The signature that every network and every guidance rule shares.
+
+`Conditioning` and `Predictor` are the inputs and the call. `Outputs` is a result with the base's output beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ from torch import Tensor
 
 
 def pick(values: Tensor, index: Any) -> Tensor:
-    """Some rows of a tensor; an index that is a tensor may be on another device."""
+    """Some rows of a tensor.
+
+    An index that is a tensor may be on another device.
+    """
     return values[index.to(values.device) if isinstance(index, Tensor) else index]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: the network's text inputs by name, all with the batch first."""
+    """Encoded prompts: the network's text inputs by name.
+
+    The batch is the first dimension of each tensor.
+    """
 
     tensors: dict[str, Tensor]
 
@@ -25,11 +34,14 @@ class Conditioning:
         return len(next(iter(self.tensors.values())))
 
     def __getitem__(self, index: Any) -> Conditioning:
-        """Some rows; a tensor of indices may be on another device than some of the tensors."""
+        """Some rows.
+
+        A tensor of indices may be on another device than the tensors.
+        """
         return Conditioning({k: pick(v, index) for k, v in self.tensors.items()})
 
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """As `Tensor.to`, on every tensor."""
+        """Call `Tensor.to` on every tensor."""
         return Conditioning({k: v.to(*args, **kwargs) for k, v in self.tensors.items()})
 
     def repeat_interleave(self, times: int) -> Conditioning:
@@ -42,7 +54,10 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Join along the batch. Raises ValueError for parts that say different things."""
+        """Join along the batch.
+
+        Raises ValueError for parts with different inputs.
+        """
         if any(part.tensors.keys() != parts[0].tensors.keys() for part in parts):
             raise ValueError(
                 f"conditionings do not go together: {', '.join(map(str, map(list, (p.tensors for p in parts))))}"
@@ -55,16 +70,16 @@ Predictor = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True)
 class Outputs:
-    """A guided output, and beside it the output of its base where that pass was made."""
+    """A guided output, with its base's output if that is known."""
 
     out_BCHW: Tensor
-    base_BCHW: Tensor | None = None  # 0 where the pass was skipped; None: there is no base
-    known_B: Tensor | None = None  # on the CPU: True where the base's pass was made
+    base_BCHW: Tensor | None = None  # 0 where the base's pass was skipped; None if there is no base
+    known_B: Tensor | None = None  # True where the base's pass was made; on the CPU
 
     def __getitem__(self, index: Any) -> Outputs:
         """Some rows."""
         return Outputs(*(None if part is None else pick(part, index) for part in vars(self).values()))
 
 
-# A predictor that tells its base's output, too: `guidance.Guided.with_base`.
+# A predictor that also returns its base's output, such as `guidance.Guided.with_base`.
 OutputsPredictor = Callable[[Tensor, Tensor, Conditioning], Outputs]

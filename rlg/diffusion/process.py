@@ -1,8 +1,11 @@
-"""Noise processes as tables: every sampler that the project knows is affine in the network's output.
+"""Noise processes as tables of scalars.
 
-Legend: B batch, T denoising steps, N training times. x_t = alpha x0 + sigma noise, and the network is trained to put
-out = out_x0 x0 + out_noise noise, which covers epsilon-, v-, sample- and velocity-prediction with four numbers a row.
-Solving the two equations gives x0_hat and noise_hat, affine in (x, out), and hence each kernel
+Every sampler here is affine in the network's output. Two equations define x_t and the training target:
+
+    x_t = alpha x0 + sigma noise          out = out_x0 x0 + out_noise noise
+
+These four numbers cover epsilon-, v-, sample- and velocity-prediction. The two equations are solved for x0_hat and
+noise_hat, which are affine in (x, out). Every kernel follows from them:
 
     x_next ~ N( a_x[i] x + a_out[i] out,  std[i]^2 )
 
@@ -13,8 +16,10 @@ Solving the two equations gives x0_hat and noise_hat, affine in (x, out), and he
     flow SDE    (Flow-GRPO, arXiv 2505.05470, eq. 9): g = level sqrt(sigma/(1-sigma)), dt = sigma' - sigma,
                 a_x = 1 + g^2 dt/(2 sigma), a_out = (1 + g^2 (1-sigma)/(2 sigma)) dt, std = g sqrt(-dt)
 
-`step`, `log_prob`, `kl` and the training pair `sample_t`, `noise` read these tables and never ask for the family.
-All kernel arithmetic is fp32: the ratio of two policies lives in the fifth decimal, where bf16 has nothing left.
+No function that reads these tables asks for the model family. All kernel arithmetic is fp32, because the ratio of two
+policies lies in the fifth decimal, which bf16 does not hold.
+
+Legend: B batch, T denoising steps, N training times.
 """
 
 from __future__ import annotations
@@ -31,14 +36,14 @@ from torch import Tensor
 from rlg.choices import KERNELS
 
 TRAINING_TIMES = 1000  # rows of a flow's forward process
-_LEAST_ABAR = 2.0**-24  # of a model of noise at zero terminal SNR, as diffusers' EulerDiscreteScheduler has it
+_LEAST_ABAR = 2.0**-24  # for epsilon-prediction at zero terminal SNR; from diffusers' EulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
 class Process:
-    """The forward process, a row for each training time; fp32, shape (N,)."""
+    """Forward process: fp32 tables (N,), one row a training time."""
 
-    time: Tensor  # what the network is told
+    time: Tensor  # the network's input
     alpha: Tensor  # weight of x0 in x_t
     sigma: Tensor  # weight of the noise in x_t
     out_x0: Tensor  # weight of x0 in the training target
@@ -48,9 +53,9 @@ class Process:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The reverse process, a row for each denoising step; fp32, shape (T,) unless said otherwise."""
+    """Reverse process: fp32 tables, (T,) unless noted, one row a step."""
 
-    t: Tensor  # what the network is told
+    t: Tensor  # the network's input
     alpha: Tensor  # (T+1,) weight of x0 before each step, and after the last
     sigma: Tensor  # (T+1,) noise level before each step, and after the last
     a_x: Tensor
@@ -68,25 +73,28 @@ class Schedule:
         return Schedule(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def stochastic_steps(self) -> list[int]:
-        """Indices of the steps that have a density, hence a log-probability."""
+        """Indices of the steps that have a density and a log-probability."""
         return [i for i, std in enumerate(self.std.tolist()) if std > 0]
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config with its class name, which diffusers adds only when it saves."""
+    """A scheduler's config with its class name, which `scheduler.config` lacks."""
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def shifts_by_size(config: Mapping[str, Any]) -> bool:
-    """Tell whether a scheduler shifts its noise levels by the image's size: its tables then need `mu`."""
+    """Tell whether a scheduler's noise levels depend on the image's size.
+
+    The tables of such a scheduler need `mu`.
+    """
     return _is_flow(config) and bool(config.get("use_dynamic_shifting"))
 
 
 def linear_mu(config: Mapping[str, Any], tokens: int) -> float:
-    """mu of an image of so many tokens, by the line through a scheduler config's two sizes.
+    """`mu` of an image that has so many tokens.
 
-    It is `calculate_shift` of diffusers' pipelines (SD3, Flux and those after them), with its defaults. Raises
-    ValueError where the config's numbers give no line.
+    It lies on the line through the two sizes in the scheduler's config. This is `calculate_shift` of diffusers'
+    pipelines (SD3, Flux and later ones), with its defaults. Raises ValueError where the config's numbers give no line.
     """
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
@@ -101,15 +109,15 @@ def linear_mu(config: Mapping[str, Any], tokens: int) -> float:
 
 
 def process_from_config(config: Mapping[str, Any], mu: float | None = None) -> Process:
-    """The forward process of a diffusers scheduler config (a dict with `_class_name`; see `config_of`).
+    """The forward process of a diffusers scheduler config.
 
-    mu: as for `make_schedule`. Raises ValueError for a scheduler whose forward process is not a table of these
-    numbers, and for one that needs mu.
+    config: a dict with `_class_name` (see `config_of`). mu: as for `make_schedule`. Raises ValueError for a scheduler
+    whose forward process is not a table of these numbers, and for one that needs mu.
     """
     if _is_flow(config):
         sigma = torch.arange(1, TRAINING_TIMES + 1, dtype=torch.float64) / TRAINING_TIMES
         logit = torch.logit(sigma.clamp(max=1 - 5e-4)) - math.log(_shift(config, mu))
-        # logit-normal(0, 1) and then the scheduler's shift, which moves a logit by log(shift): SD3's own training
+        # SD3 was trained so: logit-normal(0, 1), then the scheduler's shift, which moves a logit by log(shift).
         density = torch.exp(-0.5 * logit**2) / (sigma * (1 - sigma).clamp(min=5e-4))
         ones = torch.ones_like(sigma)
         rows = (TRAINING_TIMES * sigma, 1 - sigma, sigma, -ones, ones, density / density.sum())
@@ -134,15 +142,16 @@ def make_schedule(
 ) -> Schedule:
     """The reverse process of a diffusers scheduler config.
 
-    kernel: "ode" (Euler / DDIM eta 0); "sde" (Flow-GRPO's SDE at noise `level`, or DDIM with eta = `level`); "cps"
-    (coefficients-preserving sampling, flow models only). window = (first, last): noise is injected in steps
-    first <= i < last and the others are deterministic (Flow-GRPO-Fast, MixGRPO); None means every step. A last step
-    that is deterministic ends at the scheduler's own final value.
-    mu: how far a flow scheduler with `use_dynamic_shifting` shifts its noise levels, which follows from the image's
-    size (`linear_mu`); no other one asks for it. sigmas: (steps,) a flow's noise levels before they are shifted, where
-    a pipeline does not leave them to its scheduler.
-    Raises ValueError for an unknown scheduler or kernel, a non-positive number of steps, an empty window, or if mu is
-    missing.
+    kernel: "ode" (Euler, or DDIM with eta 0); "sde" (Flow-GRPO's SDE at noise `level`, or DDIM with eta = `level`);
+    "cps" (coefficients-preserving sampling, for flow models only).
+    window: (first, last). Noise is injected in steps first <= i < last, and the others are deterministic
+    (Flow-GRPO-Fast, MixGRPO). None means every step. A deterministic last step ends at the scheduler's own final
+    value.
+    mu: how far a flow scheduler with `use_dynamic_shifting` shifts its noise levels. It follows from the image's size
+    (`linear_mu`). No other scheduler needs it.
+    sigmas: (steps,) a flow's noise levels before the shift, where a pipeline does not leave them to its scheduler.
+    Raises ValueError for an unknown scheduler or kernel, a non-positive number of steps, an empty window, or a missing
+    mu.
     """
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; known: {', '.join(KERNELS)}")
@@ -162,7 +171,10 @@ def make_schedule(
 def _flow_times(
     config: Mapping[str, Any], steps: int, mu: float | None, sigmas: Sequence[float] | None
 ) -> tuple[Tensor, Tensor]:
-    """((T,) the network's times, (T+1,) noise levels) of diffusers' own scheduler."""
+    """Times and noise levels of diffusers' own flow scheduler.
+
+    Returns (T,) the network's times and (T+1,) the noise levels.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if config.get("invert_sigmas"):
@@ -179,7 +191,8 @@ def _flow_schedule(times: tuple[Tensor, Tensor], kernel: str, levels: Tensor) ->
     ones = torch.ones_like(now)
     if kernel == "sde":
         dt = after - now
-        g2 = levels**2 * now / (1 - torch.where(now >= 1, after, now))  # at sigma = 1 the next sigma stands in
+        # At sigma = 1 the denominator would be 0, so the next sigma is used.
+        g2 = levels**2 * now / (1 - torch.where(now >= 1, after, now))
         a_x = 1 + g2 * dt / (2 * now)
         a_out = (1 + g2 * (1 - now) / (2 * now)) * dt
         std = (g2 * -dt).sqrt()
@@ -215,7 +228,10 @@ def _vp_schedule(config: Mapping[str, Any], levels: Tensor, kernel: str) -> Sche
 
 
 def _solve(alpha: Tensor, sigma: Tensor, out_x0: Tensor, out_noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0_hat = x0_x x + x0_out out and noise_hat = n_x x + n_out out, by the equations of the module's legend."""
+    """Solve the two equations of the module's docstring.
+
+    Returns the four coefficients of x0_hat = x0_x x + x0_out out and noise_hat = n_x x + n_out out.
+    """
     determinant = alpha * out_noise - sigma * out_x0
     return out_noise / determinant, -sigma / determinant, -out_x0 / determinant, alpha / determinant
 
@@ -237,7 +253,10 @@ def _is_flow(config: Mapping[str, Any]) -> bool:
 
 
 def _shift(config: Mapping[str, Any], mu: float | None) -> float:
-    """The factor of sigma / (1 - sigma) by which a flow scheduler shifts; the multistep solvers call it flow_shift."""
+    """The factor by which a flow scheduler shifts sigma / (1 - sigma).
+
+    The multistep solvers call it flow_shift.
+    """
     if not shifts_by_size(config):
         return config.get("shift") or config.get("flow_shift") or 1.0
     if mu is None:
@@ -254,29 +273,32 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     name = _class_name(config)
     if "beta_schedule" not in config:
         raise ValueError(f"scheduler {name} has no beta schedule; known: DDPM-type and FlowMatchEuler schedulers")
-    for key in ("clip_sample", "thresholding"):  # DDIM's own default is True, others leave the key out
+    for key in ("clip_sample", "thresholding"):  # DDIM's own default is True; other schedulers do not have the key
         if config.get(key, name == "DDIMScheduler" and key == "clip_sample"):
             raise ValueError(f"scheduler {name} has {key}=True, which is not affine in the output; set it to false")
     abar_N = DDIMScheduler.from_config(dict(config)).alphas_cumprod.double()
-    noise_only = config.get("prediction_type", "epsilon") == "epsilon"  # says nothing of x0 where abar is 0
+    noise_only = config.get("prediction_type", "epsilon") == "epsilon"  # noise does not determine x0 where abar is 0
     return abar_N.clamp(min=_LEAST_ABAR) if noise_only else abar_N
 
 
 def _final_abar(config: Mapping[str, Any], abar_N: Tensor) -> Tensor:
-    """abar after the last step of the scheduler's own ODE: 1, or abar[0] where its class and config say so."""
+    """abar after the last step of the scheduler's own ODE.
+
+    It is 1, or abar[0] if the scheduler's class and config say so.
+    """
     import diffusers
 
     kind = getattr(diffusers, _class_name(config), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         kind = diffusers.DDIMScheduler
     own = {name: option.default for name, option in inspect.signature(kind.__init__).parameters.items()}
-    told = own | {name: value for name, value in config.items() if name in own}  # of others it knows nothing
+    told = own | {name: value for name, value in config.items() if name in own}  # the class ignores other keys
     to_one = told.get("set_alpha_to_one", told.get("final_sigmas_type") != "sigma_min")
     return torch.ones_like(abar_N[0]) if to_one else abar_N[0]
 
 
 def _prediction(config: Mapping[str, Any], alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(out_x0, out_noise) of the prediction type."""
+    """`(out_x0, out_noise)` of the prediction type."""
     kind = config.get("prediction_type", "epsilon")
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     targets = {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-sigma, alpha)}
@@ -295,7 +317,7 @@ def sample_t(process: Process, batch: int, generator: torch.Generator) -> Tensor
 
 
 def noise(process: Process, rows_B: Tensor, x0_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, training target) at the given rows, both (B, C, H, W) fp32."""
+    """`(x_t, training target)` at the given rows, both (B, C, H, W) fp32."""
     x0, eps = x0_BCHW.float(), noise_BCHW.float()
 
     def at(table_N: Tensor) -> Tensor:
@@ -306,7 +328,10 @@ def noise(process: Process, rows_B: Tensor, x0_BCHW: Tensor, noise_BCHW: Tensor)
 
 
 def clean(process: Process, rows_B: Tensor, x_BCHW: Tensor, out_BCHW: Tensor) -> Tensor:
-    """The network's estimate of x0 at the given rows, (B, C, H, W) fp32: the inverse of `noise`."""
+    """The network's estimate of x0 at the given rows.
+
+    Returns (B, C, H, W) in fp32. This is the inverse of `noise`.
+    """
     tables = (process.alpha, process.sigma, process.out_x0, process.out_noise)
     x0_x, x0_out, _, _ = _solve(*(table[rows_B.cpu()].double() for table in tables))
     return _column(x0_x.float(), x_BCHW) * x_BCHW.float() + _column(x0_out.float(), x_BCHW) * out_BCHW.float()
@@ -323,7 +348,10 @@ def predict_x0(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor) -> 
 
 
 def step(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor, z_BCHW: Tensor | None) -> Tensor:
-    """One draw from the kernel of step i, with z ~ N(0, 1); z may be None where the step is deterministic."""
+    """Draw from the kernel of step i.
+
+    z_BCHW ~ N(0, 1), or None where the step is deterministic. Raises ValueError for a stochastic step without noise.
+    """
     if z_BCHW is None:
         if schedule.std[i] > 0:
             raise ValueError(f"step {i} is stochastic and needs noise")
@@ -332,10 +360,10 @@ def step(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor, z_BCHW: T
 
 
 def log_prob(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor, x_next_BCHW: Tensor) -> Tensor:
-    """(B,) log-density of x_next under the kernel of step i, as a mean over latent dimensions.
+    """(B,) log-density of x_next under the kernel of step i.
 
-    The mean, not the sum, is the convention behind every published clip range (1e-4): see ddpo-pytorch and Flow-GRPO.
-    Raises ValueError where the step is deterministic.
+    It is a mean over latent dimensions, not a sum, because every published clip range (1e-4) rests on that convention
+    (ddpo-pytorch, Flow-GRPO). Raises ValueError where the step is deterministic.
     """
     std = _positive_std(schedule, i)
     error = x_next_BCHW.detach().float() - mean(schedule, i, x_BCHW, out_BCHW)
@@ -343,9 +371,9 @@ def log_prob(schedule: Schedule, i: int, x_BCHW: Tensor, out_BCHW: Tensor, x_nex
 
 
 def log_prob_at(schedule: Schedule, step_B: Tensor, x_BCHW: Tensor, out_BCHW: Tensor, x_next_BCHW: Tensor) -> Tensor:
-    """(B,) as `log_prob`, with a step of its own for each sample: step_B are their indices, on the schedule's device.
+    """(B,) log-density as in `log_prob`, at each sample's own step.
 
-    Raises ValueError where one of the steps is deterministic.
+    step_B: indices of the steps, on the schedule's device. Raises ValueError where one of the steps is deterministic.
     """
     std_B = schedule.std[step_B]
     if not bool((std_B > 0).all()):
@@ -357,10 +385,11 @@ def log_prob_at(schedule: Schedule, step_B: Tensor, x_BCHW: Tensor, out_BCHW: Te
 
 
 def kl(schedule: Schedule, i: int, out_BCHW: Tensor, reference_BCHW: Tensor, per_time: bool = False) -> Tensor:
-    """(B,) KL between the kernels of step i under two network outputs at the same x, as a mean over latent dimensions.
+    """(B,) KL of step i between the kernels of two outputs.
 
-    Both kernels have variance std^2, so KL = |mean - mean_ref|^2 / (2 std^2), exactly. per_time=True divides by
-    2 std^2 / dt instead: Flow-GRPO's published convention, in which beta is 10 times larger at 10 steps.
+    Both outputs are made at the same x, and the KL is a mean over latent dimensions. Both kernels have variance std^2,
+    so KL = |mean - mean_ref|^2 / (2 std^2) is exact. per_time=True divides by 2 std^2 / dt instead. That is
+    Flow-GRPO's published convention, in which beta is 10 times larger at 10 steps.
     """
     std = _positive_std(schedule, i)
     gap = schedule.a_out[i] * (out_BCHW.float() - reference_BCHW.float())
@@ -369,29 +398,32 @@ def kl(schedule: Schedule, i: int, out_BCHW: Tensor, reference_BCHW: Tensor, per
 
 
 def score_gap(schedule: Schedule, i: int, out_BCHW: Tensor, reference_BCHW: Tensor) -> Tensor:
-    """(B,) |x0_hat - x0_hat_ref| / (1 - S) at step i, fp64: the distance of two scores, for `tilt`.
+    """(B,) distance of two scores at step i in fp64, for `tilt`.
 
-    S = alpha^2 / (alpha^2 + sigma^2), in VP terms abar. Between two Gaussians of unit variance it is the distance of
-    their means at every noise level, pure noise and none among them.
+    It is |x0_hat - x0_hat_ref| / (1 - S) with S = alpha^2 / (alpha^2 + sigma^2), which is abar in VP terms. Between
+    two Gaussians of unit variance, this is the distance of their means at every noise level, from pure noise to none.
     """
     gap_B = (out_BCHW.float() - reference_BCHW.float()).flatten(1).double().norm(dim=1)
     return gap_B * (abs(float(schedule.x0_out[i])) / _noise_share(schedule, i))
 
 
 def tilt(schedule: Schedule, i: int, gap_B: Tensor, next_gap_B: Tensor) -> Tensor:
-    """(B,) nats: 1/2 g^2 |score - score_ref|^2 dt over step i, as a sum over latent dimensions.
+    """(B,) nats that step i adds to the integral of `score_gap`.
 
-    gap_B, next_gap_B: `score_gap` at the step's two ends. g is the forward process's own, whatever noise the kernel
-    injects: the integral is that of gap^2 / 2 over S, and the rule is gap next_gap (S' - S) / 2. Between two Gaussians
-    of one variance, whatever it is, 1 / gap is a line in S, and the rule is exact at any number of steps.
+        1/2 g^2 |score - score_ref|^2 dt, as a sum over latent dimensions
+
+    gap_B, next_gap_B: `score_gap` at the step's two ends. g belongs to the forward process, so that the kernel's own
+    noise does not matter. The integral is that of gap^2 / 2 over S, and the rule is gap next_gap (S' - S) / 2. Between
+    two Gaussians of the same variance, 1 / gap is a line in S. Then the rule is exact for any number of steps.
     """
     return gap_B * next_gap_B * (0.5 * (_noise_share(schedule, i) - _noise_share(schedule, i + 1)))
 
 
 def gap_at_end(schedule: Schedule, before_B: Tensor, last_B: Tensor) -> Tensor:
-    """(B,) `score_gap` after the last step, where no network is asked: on the line of 1 / gap through the last two.
+    """(B,) `score_gap` after the last step, without a network pass.
 
-    Kept within a factor of 4 of the last one, as the line may cross 0.
+    It lies on the line of 1 / gap through the last two steps. The line may cross 0, so the result stays within a
+    factor of 4 of the last gap.
     """
     first, last, end = (_noise_share(schedule, len(schedule) + place) for place in (-2, -1, 0))
     slope_B = torch.nan_to_num(1 - last_B / before_B, nan=0.0)
@@ -399,7 +431,7 @@ def gap_at_end(schedule: Schedule, before_B: Tensor, last_B: Tensor) -> Tensor:
 
 
 def _noise_share(schedule: Schedule, i: int) -> float:
-    """1 - S before step i, or after the last."""
+    """1 - S before step i; i = T is after the last step."""
     alpha, sigma = float(schedule.alpha[i]), float(schedule.sigma[i])
     return sigma**2 / (alpha**2 + sigma**2)
 

@@ -1,15 +1,15 @@
-"""The sampling loop, noise that belongs to a sample, rollouts with log-probabilities and the path KL of a step.
+"""The sampling loop, rollouts, and noise that belongs to a sample.
 
     for step in trajectory(predict, schedule, cond, noise, moves=[...], observers=[...]):
         ...                                      # step.x -> step.x_next, the kernel of row step.i of the schedule
 
-`advance` makes one step and `trajectory` is the loop over it; no other loop over a schedule is written, except in
-`trainers.benchmark.plain_grpo`, the plain reference. Neither sets a grad mode: the caller's holds, and its autocast.
-Particles and inpainting are moves, path KL and pass counts are observers. A tree calls `advance` itself, and so does
-a gradient through some steps, with or without `torch.utils.checkpoint`.
+`advance` makes one step, and `trajectory` is the loop over it. There is no other loop over a schedule, except in
+`trainers.benchmark.plain_grpo`, the plain reference. Grad mode and autocast are the caller's. Particles and inpainting
+are moves; path KL and pass counts are observers. A tree calls `advance` itself, and so does a gradient through some
+steps, with or without `torch.utils.checkpoint`. Noise depends only on (seed, prompt id, k, purpose). Base, tuned and
+guided images are therefore paired, on any number of processes and in any batch.
 
-Legend: B batch, T denoising steps. Noise is a function of (seed, prompt id, k, purpose) and of nothing else, so base,
-tuned and guided images are paired, on any number of processes and in any batch.
+Legend: B batch, T denoising steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rlg.diffusion.process import Schedule
 
 @dataclass(frozen=True)
 class SampleId:
-    """Which sample of an experiment: its noise depends on this alone."""
+    """Identity of a sample, which alone decides its noise."""
 
     seed: int
     prompt: int  # index of the prompt in its data set
@@ -45,7 +45,7 @@ class SampleId:
 
 
 class Noise(Protocol):
-    """The noise of a batch, as the loop asks for it."""
+    """The noise of a batch, as the loop uses it."""
 
     def initial(self) -> Tensor:
         """x_T, (B, C, H, W) fp32."""
@@ -54,13 +54,17 @@ class Noise(Protocol):
         """The next stochastic step's noise, (B, C, H, W) fp32."""
 
     def gather(self, index_B: Tensor) -> Noise:
-        """The noise of the batch whose rows come from these; no two of its rows share what is to come."""
+        """The noise of a batch whose rows come from these rows.
+
+        No two rows of the new batch share their future noise.
+        """
 
 
 class SampleNoise:
-    """The noise of a batch of samples: `initial` latents, and `step` by step noise for stochastic samplers.
+    """The noise of a batch of samples.
 
-    With `same_start`, all images of a prompt start from the noise of its first (DanceGRPO's init_same_noise).
+    `initial` gives the first latents. `step` gives the noise of the next step, for stochastic samplers. With
+    `same_start`, all images of a prompt start from the noise of its first image (DanceGRPO's init_same_noise).
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class SampleNoise:
         self.ids, self.shape, self.device = list(ids), shape, device
         self.same_start = same_start
         self._samples, self._steps = self.ids, [sample.generator("steps") for sample in self.ids]
-        self._places = list(range(len(self.ids)))  # of each row among the samples
+        self._places = list(range(len(self.ids)))  # index of each row's sample
 
     def initial(self) -> Tensor:
         """x_T, (B, C, H, W) fp32."""
@@ -85,11 +89,11 @@ class SampleNoise:
         return self._draw([self._steps[place] for place in self._places])
 
     def gather(self, index_B: Tensor) -> SampleNoise:
-        """The noise of the batch whose rows come from these.
+        """The noise of a batch whose rows come from these rows.
 
-        It belongs to a sample, not to a path: the n-th row of a prompt goes on with the noise of that prompt's n-th
-        sample, wherever the row comes from, so that copies part at the next stochastic step. Where a prompt has more
-        rows than samples they take turns. Other prompts of the batch change nothing.
+        Noise belongs to a sample and not to a path. The n-th row of a prompt goes on with the noise of that prompt's
+        n-th sample, wherever the row comes from. So copies of a row part at the next stochastic step. Where a prompt
+        has more rows than samples, the samples take turns. Other prompts of the batch change nothing.
         """
         prompts = [(sample.seed, sample.prompt) for sample in self._samples]
         gathered, seen = copy.copy(self), Counter[tuple[int, int]]()
@@ -108,28 +112,28 @@ class SampleNoise:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a batch: all that is known of each sample, and what the loop goes on from."""
+    """One step of a batch, with its inputs and results."""
 
     schedule: Schedule
     i: int  # row of the schedule
     x_BCHW: Tensor  # before the step
     cond: Conditioning
-    outputs: Outputs  # of the network, or of guidance, at x
+    outputs: Outputs  # of the network or of guidance, at x
     x_next_BCHW: Tensor
 
     @property
     def t_B(self) -> Tensor:
-        """(B,) what the network was told."""
+        """(B,) the time that the network was given."""
         return times(self.schedule, self.i, len(self.x_BCHW))
 
     @property
     def is_last(self) -> bool:
-        """x_next is the end of the chain."""
+        """Tell whether x_next is the end of the chain."""
         return self.i == len(self.schedule) - 1
 
     @property
     def is_stochastic(self) -> bool:
-        """The step has a density."""
+        """Tell whether the step has a density."""
         return bool(self.schedule.std[self.i] > 0)
 
     @property
@@ -145,22 +149,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a move makes of a batch after a step."""
+    """A batch after a move."""
 
-    x_BCHW: Tensor  # to go on from
-    index_B: Tensor | None = None  # the row that each row of x comes from; None: itself
-    outputs: Outputs | None = None  # of `predict` at x and the next time, where the move has asked it already
+    x_BCHW: Tensor  # the loop goes on from it
+    index_B: Tensor | None = None  # the previous row of each row of x; None if no row has moved
+    outputs: Outputs | None = None  # of `predict` at x and the next time, if the move has called it already
 
 
 class Follower:
-    """Whatever may hold a value for each sample of a batch."""
+    """Base class of all that may hold a value for each sample."""
 
     def gather(self, index_B: Tensor) -> None:
-        """Let each row come from this row of the batch as it was; nothing to do without values of rows."""
+        """Let each row come from this row of the previous batch.
+
+        A follower without values of rows has nothing to do.
+        """
 
 
 class Observer(Follower):
-    """Looks at steps as they were drawn, before any move."""
+    """Base class for looking at steps as drawn, before any move."""
 
     def see(self, step: Step) -> None:
         """Take in a step."""
@@ -168,19 +175,20 @@ class Observer(Follower):
 
 
 class Move(Follower):
-    """Changes a batch between steps: resampling, a blend with a known image, a correction of x.
+    """Base class for changing a batch between steps.
 
-    After a move with an index all values of rows follow it: the step's, the conditioning, the noise (`Noise.gather`),
-    observers and moves, the mover too. What a predictor holds by row, as a w for each sample, does not: an index stays
-    among rows that share it.
+    Examples are resampling, a blend with a known image, and a correction of x. After a move with an index, all values
+    of rows follow the index: those of the step, the conditioning, the noise (`Noise.gather`), the observers and all
+    moves. A predictor's own values by row, such as a w for each sample, do not follow it. Therefore an index may only
+    exchange rows that share these values.
     """
 
     def move(self, step: Step) -> Moved:
-        """The batch to go on from, in place of `step.x_next_BCHW`."""
+        """The batch to go on from, instead of `step.x_next_BCHW`."""
         raise NotImplementedError
 
 
-# What a proposal adds to the mean of a kernel, (schedule, i, x, outputs) -> (B, C, H, W), as std^2 grad log psi.
+# A proposal's change of a kernel's mean, (schedule, i, x, outputs) -> (B, C, H, W), such as std^2 grad log psi.
 Shift = Callable[[Schedule, int, Tensor, Outputs], Tensor]
 
 
@@ -190,7 +198,7 @@ def times(schedule: Schedule, i: int, batch: int) -> Tensor:
 
 
 def given(outputs: Outputs) -> OutputsPredictor:
-    """The predictor of one place where the network has been asked already."""
+    """A predictor that returns outputs which are known already."""
     return lambda x_BCHW, t_B, cond: outputs
 
 
@@ -203,9 +211,10 @@ def advance(
     z_BCHW: Tensor | None,
     shift: Shift | None = None,
 ) -> Step:
-    """Make step i from x. Pure: neither grad mode nor a generator is touched.
+    """Make step i from x.
 
-    z_BCHW ~ N(0, 1), or None where the step is deterministic. predict may give `Outputs`, with those of a base.
+    This function is pure: it changes neither the grad mode nor a generator. z_BCHW ~ N(0, 1), or None where the step
+    is deterministic. predict may return `Outputs`, with the base's output.
     """
     found = predict(x_BCHW, times(schedule, i, len(x_BCHW)), cond)
     outputs = found if isinstance(found, Outputs) else Outputs(found)
@@ -229,10 +238,11 @@ def trajectory(
     moves: Sequence[Move] = (),
     observers: Sequence[Observer] = (),
 ) -> Iterator[Step]:
-    """Make steps start <= i < stop, from x or the initial noise; yield each as the moves leave it.
+    """Make steps start <= i < stop, and yield each one.
 
-    outputs: those of the network at x, where they are known already. Grad mode and autocast are those of the loop that
-    takes the steps. Observers see a step first; then the moves change it in turn.
+    x: the latents to start from; the default is the initial noise. outputs: the network's outputs at x, if they are
+    known already. Observers see a step first, and then the moves change it in turn. Grad mode and autocast are the
+    caller's.
     """
     x = noise.initial() if x is None else x
     for i in range(start, len(schedule) if stop is None else stop):
@@ -254,11 +264,11 @@ def trajectory(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A rollout; all tensors fp32."""
+    """A rollout; all tensors are fp32."""
 
     x_TBCHW: Tensor  # (T+1, B, C, H, W): before each step, and the final latents
     logp_TB: Tensor  # (T, B): mean log-density over latent dimensions; 0 where the step is deterministic
-    mean_TBCHW: Tensor | None  # (T, B, C, H, W): means of the kernels, where they were asked for
+    mean_TBCHW: Tensor | None  # (T, B, C, H, W): means of the kernels, with `keep_means`
 
     @property
     def x0(self) -> Tensor:
@@ -285,7 +295,10 @@ class Trajectory:
 def rollout(
     predict: Predictor, schedule: Schedule, cond: Conditioning, noise: Noise, keep_means: bool = False
 ) -> Trajectory:
-    """Sample and keep what policy gradients need: every state and the log-probability of every stochastic step."""
+    """Sample, and keep the values that policy gradients need.
+
+    These are every state and the log-probability of every stochastic step.
+    """
     states, logps, means = [noise.initial()], [], []
     for step in trajectory(predict, schedule, cond, noise, x=states[0]):
         row = schedule, step.i, step.x_BCHW, step.outputs.out_BCHW
@@ -314,6 +327,9 @@ def sample(
 
 @torch.no_grad()
 def path_kl_step(schedule: Schedule, i: int, out_BCHW: Tensor, base_BCHW: Tensor) -> Tensor:
-    """(B,) nats that step i adds to KL(path || base path): Girsanov with the variance that is really injected."""
+    """(B,) nats that step i adds to KL(path || base path).
+
+    This is Girsanov's formula, with the variance that is really injected.
+    """
     dimensions = out_BCHW[0].numel()
     return process.kl(schedule, i, out_BCHW, base_BCHW) * dimensions

@@ -1,17 +1,18 @@
-"""Diffusion Blend (arXiv 2505.18547): the weights of several experts in one network, and one expert at a time.
+"""Diffusion Blend (arXiv 2505.18547): guidance with several experts.
 
-With e_i the output of expert i (one LoRA per reward) and lambda on the simplex,
+An expert is one LoRA, trained on one reward r_i. Its output is e_i, and lambda lies on the simplex:
 
     guided = base + W sum_i lambda_i (e_i - base)
 
-W = 1 is DB-MPA, sum_i lambda_i e_i, in which the base drops out; one expert is DB-KLA, which is RLG; both at once aim
-at p_base exp(W sum_i lambda_i r_i / beta). `guidance.Guided` runs it, one pass for each expert.
+    W = 1          DB-MPA, sum_i lambda_i e_i, in which the base drops out
+    one expert     DB-KLA, which is RLG
+    both           aims at p_base exp(W sum_i lambda_i r_i / beta)
+    DB-MPA-LS      draws one expert a step and sample, i ~ Categorical(lambda), and runs it alone: one pass
 
-DB-MPA-LS draws one expert a step and sample, i ~ Categorical(lambda), and runs it alone: one pass. The drift is then
-right in expectation, and in the limit of many small steps so are the marginals of the SDE (Proposition 2 there); an
-ODE has no such guarantee. The weights have to be probabilities: each W lambda_i >= 0 and W <= 1, where the base is
-drawn with the rest. With one expert and 0 <= w <= 1 this is RLG for the price of the tuned model alone. The path KL
-that an evaluation reports is that of a path given its draws, no less than that of the mixture.
+`guidance.Guided` takes one pass for each expert. DB-MPA-LS has the right drift in expectation. With many small steps,
+the marginals of an SDE are right as well (Proposition 2 there); an ODE has no such guarantee. Its weights must be
+probabilities: W lambda_i >= 0 and W <= 1, and the base has the rest. An evaluation reports the path KL given the
+draws, which is no less than that of the mixture.
 
 Legend: B batch, E experts, S denoising steps.
 """
@@ -27,12 +28,15 @@ from torch import Tensor
 from rlg.diffusion.process import Schedule
 from rlg.diffusion.sampling import SampleId
 
-_ROUNDING = 1e-6  # as much may probabilities exceed 1 in their sum
-_MOST = 1001  # points of a grid: more is a typing error
+_ROUNDING = 1e-6  # rounding may bring a sum of probabilities so far from 1
+_MOST = 1001  # points of a grid; a longer one is a typing error
 
 
 def grid(text: str) -> tuple[float, ...]:
-    """The numbers of START:STOP:STEP within [0, 1], both ends included, to 6 digits. Raises ValueError."""
+    """The numbers of START:STOP:STEP within [0, 1], to 6 digits.
+
+    Both ends are included. Raises ValueError for anything else.
+    """
     try:
         start, stop, step = map(float, text.split(":"))
     except ValueError:
@@ -53,9 +57,10 @@ def pair_weights(lambda_B: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def check_drawn(method: str, weights: Sequence[Sequence[float]], sampler: str, level: float) -> None:
-    """Raise ValueError unless experts may be drawn: the sampler is stochastic, the weights are probabilities.
+    """Raise ValueError unless experts may be drawn at each step.
 
-    weights: of the experts, for each point; the base has the rest.
+    The sampler must be stochastic, and the weights must be probabilities. weights: those of the experts, for each
+    point; the base has the rest.
     """
     if sampler == "ode" or level == 0:
         raise ValueError(
@@ -71,20 +76,20 @@ def check_drawn(method: str, weights: Sequence[Sequence[float]], sampler: str, l
 def one_at_a_time(
     weights_BE: Tensor, schedule: Schedule, ids: Sequence[SampleId]
 ) -> tuple[Callable[[float], Tensor], ...]:
-    """Weights for `guidance.Guided` that are 1 for one of the experts at each step, or 0 for all: the base.
+    """Weights for `guidance.Guided` that choose one model at each step.
 
-    A sample draws one uniform number a step from its own generator, so what it draws depends on (seed, prompt, k) and
-    on its weights, on nothing else in the batch; along a sweep over the weights the draws are paired.
+    The chosen expert has the weight 1. If all weights are 0, the base is chosen. A sample draws one uniform number a
+    step from its own generator. Its draws depend only on (seed, prompt, k) and on its weights, so that they are paired
+    along a sweep over the weights.
 
-    weights_BE: probabilities on the CPU, the base has the rest. Returns a function t -> (B,) for each expert, for the
-    times of this schedule; another t is a KeyError.
+    weights_BE: probabilities on the CPU; the base has the rest. Returns a function t -> (B,) for each expert. It takes
+    the times of this schedule, and raises KeyError for others.
     """
     uniform_BS = torch.stack([torch.rand(len(schedule), generator=sample.generator("experts")) for sample in ids])
     edges_BE = weights_BE.double().cumsum(dim=1)
-    edges_BE = torch.where(
-        (edges_BE - 1).abs() < _ROUNDING, torch.ones_like(edges_BE), edges_BE
-    )  # no base by rounding
-    drawn_BS = torch.searchsorted(edges_BE, uniform_BS.double(), right=True)  # E: the base
+    # Rounding must not give the base a share, so a sum next to 1 is 1.
+    edges_BE = torch.where((edges_BE - 1).abs() < _ROUNDING, torch.ones_like(edges_BE), edges_BE)
+    drawn_BS = torch.searchsorted(edges_BE, uniform_BS.double(), right=True)  # the index E stands for the base
     step_of = {float(t): i for i, t in enumerate(schedule.t)}
     assert len(step_of) == len(schedule), "two steps at the same time"
 

@@ -1,18 +1,15 @@
-"""Feynman-Kac corrector: samples of base^(1-w) tuned^w, which guidance claims and misses (arXiv 2503.02819).
+"""Feynman-Kac corrector: samples of base^(1-w) tuned^w (arXiv 2503.02819).
 
-The guided score (1-w) s_base + w s_tuned is that of the product of the noised laws at every noise level, but a sampler
-that follows it does not carry that product along. What it misses is a weight per sample,
+Guidance follows the score of this product at every noise level, but its samples do not have the product's law. The
+difference is a weight for each sample:
 
     log W = integral of  w (w-1)  1/2 g^2 |s_tuned - s_base|^2 dt
 
-whatever noise the sampler injects: an ODE and an SDE get the same one. Both predictions are there already, so that it
-costs no network pass. A step counts by both of its ends (`process.tilt`), so its weight is known at the next one. The
-sum is exact for two Gaussians of one variance; where the scores turn from mode to mode it is off by up to 27% at 10
-steps and by 7% at 40. Under classifier-free guidance the predictions are scores of no law: the weights are heuristic.
-
-Samples compete within their group (the images of one prompt at one w): where the weights' share of effective samples
-falls under a threshold, the group is resampled. Without resampling the weights say how far the samples of this w are
-from what w claims: `summary.effective_share`.
+The weight is the same for an ODE and an SDE. It costs no network pass. A step counts by both of its ends
+(`process.tilt`), so its weight is known at the next step. The sum is exact for two Gaussians of one variance. With
+several modes, its error is up to 27% at 10 steps and 7% at 40. Under classifier-free guidance the weights are
+heuristic. A group (the images of one prompt at one w) is resampled when its share of effective samples falls under a
+threshold. Without resampling, the weights are a diagnostic: `summary.effective_share`.
 
 Legend: B samples, K samples of a group.
 """
@@ -36,7 +33,10 @@ RESAMPLE_BELOW = 0.5  # the usual threshold of the effective share
 
 
 def systematic(log_weight_K: Tensor, u: float) -> Tensor:
-    """(K,) indices drawn with one uniform number u in [0, 1): index k comes floor or ceil of K W_k / sum W times."""
+    """(K,) indices drawn by systematic resampling, with one uniform u.
+
+    u lies in [0, 1). Index k comes floor or ceil of K W_k / sum W times.
+    """
     edges_K = torch.softmax(log_weight_K.double(), dim=0).cumsum(dim=0)
     points_K = (torch.arange(len(edges_K), dtype=torch.float64) + u) / len(edges_K)
     return torch.searchsorted(edges_K, points_K).clamp(max=len(edges_K) - 1)
@@ -45,9 +45,9 @@ def systematic(log_weight_K: Tensor, u: float) -> Tensor:
 class Corrector(Move):
     """The weights of a batch while it is sampled, and its resampling.
 
-    w_B: the guidance weight of each sample. groups: whom it competes with; a group has one w. threshold: a group is
-    resampled when its effective share falls under it; 0 never resamples and leaves `log_weight_B` as a diagnostic.
-    seed: of the resampling draws, which depend on it, the group and the step alone.
+    w_B: the guidance weight of each sample. groups: the group of each sample; a group has one w. threshold: a group is
+    resampled when its effective share falls under it. 0 never resamples and leaves `log_weight_B` as a diagnostic.
+    seed: the resampling draws depend only on it, the group and the step.
     """
 
     def __init__(self, w_B: Tensor, groups: Sequence[Any], threshold: float = 0.0, seed: int = 0):
@@ -55,7 +55,7 @@ class Corrector(Move):
             raise ValueError(f"the threshold of the effective share must be in [0, 1], got {threshold}")
         self.w_B, self.threshold = w_B.cpu(), threshold
         self.log_weight_B = torch.zeros(len(w_B), dtype=torch.float64)  # since the group's last resampling
-        self._gap_B: Tensor | None = None  # of the last step that was taken in
+        self._gap_B: Tensor | None = None  # of the previous step
         members: dict[Any, list[int]] = {}
         for row, group in enumerate(groups):
             members.setdefault(group, []).append(row)
@@ -64,10 +64,11 @@ class Corrector(Move):
         self._generators = [torch.Generator().manual_seed(int.from_bytes(d, "big") >> 1) for d in digests]
 
     def update(self, schedule: Schedule, i: int, guided_BCHW: Tensor, base_BCHW: Tensor) -> None:
-        """Take in the predictions of step i, before it is made: log W up to its noise level; at the last, to the end.
+        """Take in the predictions of step i, before the step is made.
 
-        guided = base + w (tuned - base), so w (w-1) |tuned - base|^2 = (w-1)/w |guided - base|^2. At w = 0 and w = 1
-        it is 0, and base may be anything.
+        This adds to log W up to the step's noise level. At the last step it adds the rest, up to the end. guided =
+        base + w (tuned - base), so w (w-1) |tuned - base|^2 = (w-1)/w |guided - base|^2. At w = 0 and w = 1 that is 0,
+        and base may be anything.
         """
         gap_B = process.score_gap(schedule, i, guided_BCHW, base_BCHW).cpu()
         before_B = gap_B if self._gap_B is None else self._gap_B
@@ -83,7 +84,7 @@ class Corrector(Move):
         self.log_weight_B += torch.where(factor_B == 0, 0.0, factor_B * tilt_B)
 
     def move(self, step: Step) -> Moved:
-        """Take in a step and resample the groups that it leaves under the threshold."""
+        """Take in a step, and resample groups under the threshold."""
         outputs = step.outputs
         assert outputs.base_BCHW is not None, "the weights need the base's output"
         self.update(step.schedule, step.i, outputs.out_BCHW, outputs.base_BCHW)
@@ -91,9 +92,10 @@ class Corrector(Move):
         return Moved(step.x_next_BCHW if source_B is None else pick(step.x_next_BCHW, source_B), source_B)
 
     def resample(self, last: bool = False) -> Tensor | None:
-        """(B,) the row that each row goes on from after a step; None where each goes on from itself.
+        """(B,) the row that each row goes on from.
 
-        Groups that have fallen under the threshold are resampled; after the last step, all of them.
+        Returns None if every row goes on from itself. Groups under the threshold are resampled; after the last step,
+        all groups are.
         """
         if not self.threshold:
             return None
@@ -108,6 +110,9 @@ class Corrector(Move):
         return None if torch.equal(source_B, own_B) else source_B
 
     def gather(self, index_B: Tensor) -> None:
-        """Let each row go on with the weight and the gap of this row; an index stays within groups."""
+        """Let each row take the weight and the gap of this row.
+
+        An index stays within groups.
+        """
         self.log_weight_B = self.log_weight_B[index_B]
         self._gap_B = None if self._gap_B is None else self._gap_B[index_B]

@@ -1,14 +1,17 @@
-"""Guidance as wrappers with the network's own signature, (x_BCHW, t_B, conditioning) -> out_BCHW.
+"""Guidance as wrappers with the signature of a network.
 
-Reinforcement Learning Guidance (arXiv 2508.21016) combines the base and the tuned pass of one network,
+    (x_BCHW, t_B, conditioning) -> out_BCHW
 
-    guided = base + w (tuned - base) = (1 - w) base + w tuned
+    guided = base + w (tuned - base) = (1 - w) base + w tuned            Reinforcement Learning Guidance
+    guided = base + sum_k w_k (expert_k - base)                          several experts
 
-w = 0 is the base, w = 1 the tuned model, 0 < w < 1 interpolates and w > 1 extrapolates: w plays the KL coefficient,
-beta -> beta / w. DB-KLA (arXiv 2505.18547) and DeRaDiff (arXiv 2601.20198) run the same update. With several experts
-it reads base + sum_k w_k (expert_k - base); on the simplex the base drops out and this is DB-MPA (arXiv 2505.18547).
-Classifier-free guidance comes first, inside each model. Kernels of base and tuned share their variance, so the guided
-kernel is the normalised geometric mean of the two, for every process in `rlg.diffusion.process`.
+    w = 0 base      w = 1 tuned model      0 < w < 1 interpolates      w > 1 extrapolates: beta -> beta / w
+
+The rule is that of arXiv 2508.21016. DB-KLA (arXiv 2505.18547) and DeRaDiff (arXiv 2601.20198) use the same update.
+With weights on the simplex, the base drops out of the rule for several experts, which is then DB-MPA (arXiv
+2505.18547). Classifier-free guidance comes first, inside each model. Kernels of base and tuned model share their
+variance. The guided kernel is therefore the normalised geometric mean of the two, for every process in
+`rlg.diffusion.process`.
 """
 
 from __future__ import annotations
@@ -23,19 +26,19 @@ from torch import Tensor
 
 from rlg.diffusion.conditioning import Conditioning, Outputs, Predictor
 
-# a number, one per sample (B,), or either as a function of the network's t
+# A number, a tensor (B,) with one number a sample, or a function of the network's t that returns either.
 Weight = float | Tensor | Callable[[float], float | Tensor]
 
-_ZERO = 1e-6  # weights that sum to one only up to rounding, some ulps in fp32, leave the base out
+_ZERO = 1e-6  # weights may sum to one only up to rounding, some ulps in fp32; the base's pass is then skipped
 
 
 def with_cfg(
     predict: Predictor, negative: Conditioning, scale: float, detach_unconditional: bool = False
 ) -> Predictor:
-    """Classifier-free guidance, `uncond + scale (cond - uncond)`, in one batch of 2B; scale 1 is the bare predictor.
+    """Classifier-free guidance, `uncond + scale (cond - uncond)`, in one batch of 2B.
 
-    negative: the conditioning of one prompt (usually ""), used for every sample. detach_unconditional: no gradient
-    goes through `uncond`.
+    At scale 1, the predictor is returned as it is. negative: the conditioning of one prompt (usually ""), used for
+    every sample. detach_unconditional: no gradient goes through `uncond`.
     """
     if scale == 1.0:
         return predict
@@ -51,7 +54,10 @@ def with_cfg(
 
 @dataclass(frozen=True)
 class Guided:
-    """`base + sum_k w_k (expert_k - base)`; a pass whose weight is 0 for a sample is skipped for that sample."""
+    """The predictor `base + sum_k w_k (expert_k - base)`.
+
+    A pass is skipped for those samples for which its weight is 0.
+    """
 
     base: Predictor
     experts: tuple[Predictor, ...]
@@ -67,7 +73,7 @@ class Guided:
         return self.with_base(x_BCHW, t_B, cond).out_BCHW
 
     def with_base(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Outputs:
-        """The guided output with that of the base."""
+        """The guided output with the base's output."""
         coefficients = self.coefficients(float(t_B[0]), len(x_BCHW))
         guided = base = torch.zeros(x_BCHW.shape, device=x_BCHW.device)
         for predict, c_B in zip((self.base, *self.experts), coefficients, strict=True):
@@ -78,14 +84,20 @@ class Guided:
         return Outputs(guided, base, coefficients[0] != 0)
 
     def coefficients(self, t: float, batch: int) -> list[Tensor]:
-        """(B,) coefficients of the base and of each expert at time t; they sum to one."""
+        """(B,) coefficients of the base and of each expert at time t.
+
+        They sum to one.
+        """
         weights = [_at(weight, t, batch) for weight in self.weights]
         rest = 1 - torch.stack(weights).sum(dim=0)
         rest = torch.where(rest.abs() < _ZERO, torch.zeros_like(rest), rest)
         return [rest, *weights]
 
     def passes(self, t: float, batch: int) -> Tensor:
-        """(B,) number of network passes that each sample takes at time t, before classifier-free guidance."""
+        """(B,) number of network passes for each sample at time t.
+
+        Classifier-free guidance is not counted.
+        """
         return torch.stack([(c_B != 0).long() for c_B in self.coefficients(t, batch)]).sum(dim=0)
 
 
@@ -95,14 +107,18 @@ def rlg(base: Predictor, tuned: Predictor, w: Weight) -> Guided:
 
 
 def interval(w: float, low: float, high: float) -> Callable[[float], float]:
-    """w within low < t <= high (in the network's own time) and 1, one pass, outside (arXiv 2404.07724)."""
+    """The weight w where low < t <= high, and 1 elsewhere.
+
+    t is the network's own time. A weight of 1 takes one pass (arXiv 2404.07724).
+    """
     return lambda t: w if low < t <= high else 1.0
 
 
 def as_weight(value: Any) -> Weight:
-    """w as users give it: a number, a list or array of one an image, or a function of t.
+    """A guidance weight from the value that a user gives.
 
-    Returns a float, an fp32 tensor (B,) on the CPU, or the function. Raises ValueError for anything else.
+    value: a number, a list or array with one number an image, or a function of t. Returns a float, an fp32 tensor (B,)
+    on the CPU, or the function. Raises ValueError for anything else.
     """
     if callable(value):
         return value
@@ -121,7 +137,10 @@ def as_weight(value: Any) -> Weight:
 
 
 def check_finite(weight: Weight) -> None:
-    """Raise ValueError for a weight that is not a finite number (functions of t are checked when they are called)."""
+    """Raise ValueError for a weight that is not a finite number.
+
+    Functions of t are checked when they are called.
+    """
     if callable(weight):
         return
     if not bool(torch.isfinite(torch.as_tensor(weight)).all()):
@@ -140,7 +159,10 @@ def _at(weight: Weight, t: float, batch: int) -> Tensor:
 
 
 def on_rows(predict: Predictor, mask_B: Tensor, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-    """predict(x) in fp32 on the samples that a CPU mask names, and 0 elsewhere."""
+    """The prediction in fp32 for some samples, and 0 for others.
+
+    mask_B: the samples to predict, on the CPU.
+    """
     if bool(mask_B.all()):
         return predict(x_BCHW, t_B, cond).float()
     rows = mask_B.nonzero().flatten().to(x_BCHW.device)

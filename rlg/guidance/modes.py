@@ -1,22 +1,23 @@
-"""Ways to run guidance at other costs: exact ones, and approximations that are off unless they are asked for by name.
+"""Ways to run guidance at different costs.
 
     guided = base + w (tuned - base) = tuned + (w - 1) d          d = tuned - base          full: two passes a step
 
     full                 exact: two passes
-    tuned                w = 1, one pass: what costs are compared to
+    tuned                w = 1, one pass: the reference for costs
     interval:LOW:HIGH    d = 0 outside LOW < sigma <= HIGH, one pass there (arXiv 2404.07724, for w)
-    reuse:N[:linear]     d is taken at every N-th step and kept between (or goes on, straight, through the last two)
-    reuse_at:I,J[:linear]      d is taken at steps I, J, ... (from 0); before the first of them it is 0
-    scaled[:F]           the LoRA times 1 + F (w - 1), F = 1 unless given: one pass, right to first order in the LoRA
-    scaled_but:I,J[:carry]     scaled, but full at steps I, J, ...; carry: what `scaled` missed there is added later
-    conditional[:equal]  under CFG, d of the conditional branch alone, 3 evaluations of 4; the unconditional branch's
-                         is taken to be 0, or equal to it
+    reuse:N[:linear]     d is computed at every N-th step and kept between (linear: extrapolated from the last two)
+    reuse_at:I,J[:linear]      d is computed at steps I, J, ... (from 0); before the first of them it is 0
+    scaled[:F]           the LoRA times 1 + F (w - 1), F = 1 by default: one pass, right to first order in the LoRA
+    scaled_but:I,J[:carry]     scaled, but full at steps I, J, ...; carry: the error of `scaled` there is added later
+    conditional[:equal]  under CFG, d of the conditional branch alone, 3 evaluations of 4; d of the unconditional
+                         branch is assumed to be 0, or equal to it
     random               base or tuned, drawn at each step: one pass; a stochastic sampler, 0 <= w <= 1
-    (rlg.guidance.blend)
+                         (rlg.guidance.blend)
 
-`MODE+batch` runs base and tuned model in one batch where it needs both: the same function to rounding, and faster
-where batches are small. w = 0 and w = 1 take one pass in every mode. `Mode.begin` is called for each trajectory: what
-a mode remembers is of one trajectory, and a call out of turn is refused.
+`MODE+batch` runs base and tuned model in one batch, in steps that need both. The result is the same up to rounding,
+and this is faster for small batches. w = 0 and w = 1 take one pass in every mode. Approximate modes are used only if
+they are named. `Mode.begin` is called for each trajectory, because a mode remembers earlier steps of its trajectory. A
+step out of order is refused.
 
 Legend: B batch, T denoising steps.
 """
@@ -58,7 +59,7 @@ _LINEAR, _CARRY, _EQUAL = "linear", "carry", "equal"
 
 @dataclass
 class Models:
-    """The passes of one policy under classifier-free guidance, counted."""
+    """The passes of one policy under classifier-free guidance, with a counter."""
 
     policy: Policy
     negative: Conditioning
@@ -74,18 +75,19 @@ class Models:
         return self._run(self.policy.predict, x_BCHW, t_B, cond)
 
     def scaled(self, factor: float, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-        """The output with the LoRA times a factor, fp32."""
+        """The output with the LoRA times a factor, in fp32."""
         with lora.scaled(self.policy.network, factor):
             return self.tuned(x_BCHW, t_B, cond)
 
     def both(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning, one_batch: bool) -> tuple[Tensor, Tensor]:
-        """(base output, tuned output), in two passes or in one of twice the batch."""
+        """`(base output, tuned output)`, in two passes or in one batch."""
         if not one_batch:
             return self.base(x_BCHW, t_B, cond), self.tuned(x_BCHW, t_B, cond)
         factor = torch.arange(2.0, device=x_BCHW.device).repeat_interleave(len(x_BCHW))
 
         def rows(x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-            with lora.rows(self.policy.network, factor.repeat(len(x) // len(factor))):  # twice under CFG
+            # Under CFG, x has twice as many rows.
+            with lora.rows(self.policy.network, factor.repeat(len(x) // len(factor))):
                 return self.policy.predict(x, t, c)
 
         twice = torch.cat([x_BCHW] * 2), torch.cat([t_B] * 2), Conditioning.cat([cond] * 2)
@@ -93,7 +95,11 @@ class Models:
         return base, tuned
 
     def bare_difference(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """(tuned output under CFG, tuned - base of the conditional branch alone): 3 evaluations a sample."""
+        """The tuned output, and the difference of the conditional branches.
+
+        The output is under CFG. The difference is tuned - base of the conditional branch alone. The cost is 3
+        evaluations a sample.
+        """
         branches: list[Tensor] = []
 
         def keep(x: Tensor, t: Tensor, c: Conditioning) -> Tensor:
@@ -123,7 +129,10 @@ class Mode:
 
     @classmethod
     def parse(cls, text: str) -> Mode:
-        """One of `GUIDANCE_MODES`, with or without `+batch`. Raises ValueError for anything else."""
+        """One of `GUIDANCE_MODES`, with or without `+batch`.
+
+        Raises ValueError for anything else.
+        """
         bare, plus, rest = text.partition(BATCH)
         kind, *arguments = bare.split(":")
         try:
@@ -137,7 +146,7 @@ class Mode:
         return cls(**{**vars(mode), "one_batch": bool(plus)})
 
     def __str__(self) -> str:
-        """What `parse` reads."""
+        """The text that `parse` reads."""
         parts = [str(self.interval) if self.interval else self.kind]
         parts += [str(self.every)] if self.every else []
         parts += [",".join(map(str, self.steps))] if self.steps else []
@@ -147,13 +156,14 @@ class Mode:
 
     @property
     def exact(self) -> bool:
-        """Whether it is full guidance to rounding."""
+        """Tell whether the mode is full guidance up to rounding."""
         return self.kind == FULL
 
     def begin(self, models: Models, w: float, schedule: Schedule, ids: Sequence[SampleId]) -> Predictor:
-        """What predicts along one trajectory: the network's own signature, to be called once for each step in turn.
+        """The predictor of one trajectory.
 
-        ids: of the samples. Raises ValueError for a w that is not finite, and where the mode does not fit the rest.
+        It has the network's own signature, and is called once for each step in turn. ids: those of the samples. Raises
+        ValueError for a w that is not finite, and for a mode that does not fit the models or the schedule.
         """
         check_finite(w)
         self._check(models, w, schedule)
@@ -181,7 +191,7 @@ class Mode:
             )
 
     def refreshes(self, schedule: Schedule) -> list[bool]:
-        """(T,) whether both models run at each step."""
+        """(T,) True for the steps at which both models run."""
         if self.interval is not None:
             return [share > 0 for share in self.interval.shares(schedule)]
         if self.kind in (REUSE_AT, SCALED_BUT):
@@ -213,11 +223,11 @@ def _parse(kind: str, bare: str, arguments: list[str]) -> Mode:
 
 
 class Trajectory:
-    """Guidance along one trajectory of a schedule, with what it remembers of it.
+    """Guidance along one trajectory, with a memory of earlier steps.
 
-    A mode that remembers goes through the steps in turn; a call at the first time begins anew. Raises ValueError for a
-    call at another time than the next step's: a sampler that evaluates a step several times (Heun) would take the
-    difference of one point for that of another.
+    A mode that remembers must go through the steps in order. A call at the first time starts again. A call at any
+    other time than the next step's raises ValueError: a sampler that evaluates a step several times (Heun) would
+    otherwise get the difference of another point.
     """
 
     def __init__(self, mode: Mode, models: Models, w: float, schedule: Schedule):
@@ -229,7 +239,7 @@ class Trajectory:
 
     def _begin(self) -> None:
         self.next = 0
-        self.known: list[tuple[float, Tensor]] = []  # (t, what is kept), the last two
+        self.known: list[tuple[float, Tensor]] = []  # the last two kept tensors, each with its t
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         i = self._turn(float(t_B[0]), len(x_BCHW))
@@ -246,7 +256,8 @@ class Trajectory:
     def _full(self, i: int, inputs: tuple[Tensor, Tensor, Conditioning]) -> Tensor:
         base, tuned = self.models.both(*inputs, self.mode.one_batch)
         guided = (1 - self.w) * base + self.w * tuned
-        used = self.remembers and not all(self.refresh[i + 1 : i + 2])  # by the step that follows
+        # Only the step that follows reads what is kept, and only if it does not run both models.
+        used = self.remembers and not all(self.refresh[i + 1 : i + 2])
         if used and self.mode.option == _CARRY:
             self._keep(self.times[i], guided - self.models.scaled(self._factor(), *inputs))
         elif self.remembers and self.mode.option != _CARRY:
@@ -257,7 +268,7 @@ class Trajectory:
         return 1 + self.mode.factor * (self.w - 1)
 
     def _turn(self, t: float, batch: int) -> int:
-        """The step of a call."""
+        """The index of a call's step."""
         if not self.remembers:
             return self._place(t)
         if t == self.times[0]:
@@ -275,7 +286,10 @@ class Trajectory:
         return self.next - 1
 
     def _place(self, t: float) -> int:
-        """The step at time t; any, where all steps are alike."""
+        """The index of the step at time t.
+
+        It is 0 where all steps are alike.
+        """
         if len(set(self.refresh)) == 1:
             return 0
         if t not in self.times:
@@ -286,7 +300,7 @@ class Trajectory:
         self.known = [*self.known[-1:], (t, what)]
 
     def _kept(self, t: float) -> Tensor | float:
-        """What is remembered, at time t; 0 before there is anything."""
+        """The remembered tensor at time t, or 0 if there is none."""
         if not self.known:
             return 0.0
         t_last, last = self.known[-1]
@@ -299,10 +313,11 @@ class Trajectory:
 def sweep(
     models: Models, w_B: Tensor, schedule: Schedule, ids: Sequence[SampleId], one_batch: bool = False
 ) -> Predictor:
-    """Full guidance of several w in one batch, exact: at the first step, images of one noise share their two passes.
+    """Exact full guidance of several w in one batch.
 
-    w_B: on the CPU. ids: which noise a row starts from; rows of one id are one image at several w. Later, a pass whose
-    weight is 0 for a row is skipped for it.
+    At the first step, images of one noise share their two passes. Later, a pass is skipped for the rows for which its
+    weight is 0. w_B: on the CPU. ids: the noise that each row starts from. Rows with the same id are one image at
+    several w.
     """
     unique = list(dict.fromkeys(ids))
     first = torch.tensor([ids.index(each) for each in unique])

@@ -1,4 +1,4 @@
-"""Observers of a guided trajectory: its path KL to the base, and the network passes it takes.
+"""Observers of a guided trajectory: path KL and network passes.
 
 Legend: B samples.
 """
@@ -17,19 +17,23 @@ from rlg.guidance.guided import Guided, on_rows
 
 
 class PathKL(Observer):
-    """KL(path || path of the base) of each sample, by Girsanov with the variance that is really injected.
+    """KL(path || base path) of each sample.
 
-    base: asked for the rows whose guided output was made without it. is_guided_from: the base that guidance starts
-    from is this one, so that its outputs serve here. now: a clock in seconds.
+    It is Girsanov's formula, with the variance that is really injected. base: the predictor for rows whose guided
+    output was made without the base. is_guided_from: whether guidance starts from this same base, so that its outputs
+    can be used here. now: a clock in seconds.
     """
 
     def __init__(self, base: Predictor, batch: int, is_guided_from: bool, now: Callable[[], float]):
         self.kl_B = torch.zeros(batch)  # nats
-        self.seconds = 0.0  # spent here
+        self.seconds = 0.0  # time spent in this observer
         self._base, self._is_guided_from, self._now = base, is_guided_from, now
 
     def see(self, step: Step) -> None:
-        """Add the nats of a stochastic step; others have none."""
+        """Add the nats of a stochastic step.
+
+        Deterministic steps add none.
+        """
         if step.is_stochastic:
             started = self._now()
             out, base = step.outputs.out_BCHW, self._base_out(step)
@@ -46,12 +50,15 @@ class PathKL(Observer):
         return base_BCHW + on_rows(self._base, ~known_B, step.x_BCHW, step.t_B, step.cond)
 
     def gather(self, index_B: Tensor) -> None:
-        """Follow the rows: what a path has cost so far goes with it."""
+        """Let each row take the KL of this row's path."""
         self.kl_B = self.kl_B[index_B]
 
 
 class PassCounter(Observer):
-    """Network passes that the path of each sample has taken, before classifier-free guidance."""
+    """Count the network passes of each sample's path.
+
+    Classifier-free guidance is not counted.
+    """
 
     def __init__(self, guided: Guided, batch: int):
         self.passes_B = torch.zeros(batch, dtype=torch.long)
@@ -62,5 +69,5 @@ class PassCounter(Observer):
         self.passes_B += self._guided.passes(float(step.t_B[0]), len(self.passes_B))
 
     def gather(self, index_B: Tensor) -> None:
-        """Follow the rows."""
+        """Let each row take the count of this row's path."""
         self.passes_B = self.passes_B[index_B]

@@ -1,17 +1,17 @@
-"""Schedules of the guidance weight over the denoising steps: how far from the tuned model each step is guided.
+"""Schedules of the guidance weight over the denoising steps.
 
     w_t = 1 + share(t) (w - 1)          share = 1: the full w      share = 0: the tuned model alone, in one pass
 
     constant              share = 1
-    interval:LOW:HIGH     share = 1 where LOW < sigma <= HIGH, else 0
+    interval:LOW:HIGH     share = 1 where LOW < sigma <= HIGH, else 0 (arXiv 2404.07724, applied to w)
     linear_down           share = t / t_first: sampling starts at w and comes down to 1 at the data (t = 0)
     linear_up             share = 1 - t / t_first: it starts at 1, in one pass, and goes up to w at the data
 
-The interval is that of arXiv 2404.07724 (classifier-free guidance in a limited interval), applied to w. sigma is the
-weight of the noise in x_t, in [0, 1] for every family (`Schedule.sigma`: t / 1000 for flow models, sqrt(1 - abar) for
-the others). The paper states its intervals in EDM's sigma, which is sigma / alpha here: alpha = 1 - sigma for flow
-models, sqrt(abar) for the others. t_first is the network's time at the noisiest step of the schedule at hand.
-w = 1 is the tuned model under every schedule; w = 0 is the base under `constant` alone.
+    sigma     weight of the noise in x_t, in [0, 1] (`Schedule.sigma`): t / 1000 for flow models, else sqrt(1 - abar)
+    alpha     1 - sigma for flow models, else sqrt(abar); the paper's intervals are in EDM's sigma, here sigma / alpha
+    t_first   the network's time at the noisiest step of the schedule
+
+w = 1 is the tuned model under every schedule. w = 0 is the base only under `constant`.
 
 Legend: B samples, T denoising steps.
 """
@@ -28,20 +28,23 @@ from rlg.choices import CONSTANT, DOWN, INTERVAL, SCHEDULES, UP
 from rlg.diffusion.process import Schedule
 from rlg.guidance.guided import Weight
 
-_DIGITS = 6  # sigma is fp32: its 0.6 is above the 0.6 that a user writes
+_DIGITS = 6  # sigma is rounded, because 0.6 in fp32 is above the 0.6 that a user writes
 
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """How much of w - 1 each denoising step gets."""
+    """The share of w - 1 that each denoising step gets."""
 
-    kind: str  # the part of a form before the colon
+    kind: str  # constant, interval, linear_down or linear_up
     low: float = 0.0  # noise levels of an interval
     high: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> WeightSchedule:
-        """One of `SCHEDULES`. Raises ValueError for anything else and for bounds outside 0 <= LOW <= HIGH <= 1."""
+        """One of `SCHEDULES`.
+
+        Raises ValueError for anything else, and for bounds outside 0 <= LOW <= HIGH <= 1.
+        """
         kind, *bounds = text.split(":")
         if kind not in (CONSTANT, INTERVAL, DOWN, UP) or len(bounds) != (2 if kind == INTERVAL else 0):
             raise ValueError(f"unknown schedule of w {text!r}; known: {', '.join(SCHEDULES)}")
@@ -59,7 +62,7 @@ class WeightSchedule:
     def shares(self, schedule: Schedule) -> list[float]:
         """(T,) share of w - 1 at each step, in [0, 1].
 
-        Raises ValueError for a line over times that are logarithms, as some schedulers of EDM have them.
+        Raises ValueError for a linear schedule over times that are logarithms, which some schedulers of EDM have.
         """
         t_T, sigma_T = schedule.t.tolist(), schedule.sigma[:-1].tolist()
         if self.kind == INTERVAL:
@@ -71,9 +74,10 @@ class WeightSchedule:
         return [t / t_T[0] if self.kind == DOWN else 1 - t / t_T[0] for t in t_T]
 
     def over(self, schedule: Schedule, w_B: Tensor) -> Weight:
-        """w_t of each sample as a function of the network's time, (B,) on the CPU; exactly w_B or 1 at either end.
+        """The w_t of each sample, as a function of time.
 
-        Defined at the schedule's own times. w_B: each sample's w, (B,).
+        The function takes one of the schedule's own times and returns (B,) on the CPU. At the two ends it is exactly
+        w_B or 1. w_B: each sample's w.
         """
         if self.kind == CONSTANT:
             return w_B
