@@ -1,8 +1,8 @@
-"""The settings of a LoRA that come with its weights, before PEFT or diffusers act on them: a plain LoRA's alone.
+"""Checks of a LoRA's settings, before PEFT or diffusers act on them.
 
-They decide what memory is taken before any weight is looked at (the rank), which regular expressions are run over the
-network's names, and whether the base's own weights are changed (PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA split them),
-which is then no longer the base.
+Only a plain LoRA passes. Settings come with the weights, from any author. They decide how much memory is allocated
+before a weight is read (the rank), and which regular expressions run over the network's names. Some change the base's
+own weights (PiSSA, OLoRA, LoftQ, CorDA and LoRA-GA split them), so that guidance would lose its base.
 """
 
 from __future__ import annotations
@@ -17,23 +17,35 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-_PLAIN = (  # what may differ from PEFT's defaults; bias and modules_to_save are refused where they are read
-    *(
-        "r",
-        "lora_alpha",
-        "rank_pattern",
+# These may differ from PEFT's defaults. `bias` and `modules_to_save` are refused where they are read.
+_PLAIN = frozenset(
+    {
         "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "lora_dropout",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
         "init_lora_weights",
-    ),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("bias", "modules_to_save", "inference_mode", "task_type", "peft_type", "base_model_name_or_path", "revision"),
-    *("auto_mapping", "peft_version"),
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+    }
 )
 _KEEPS_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # values of init_lora_weights
-_NAME = re.compile(r"\^?[\w.\\-]+\$?")  # a pattern that can only match, not search
+_NAME = re.compile(r"\^?[\w.\\-]+\$?")  # a pattern without quantifiers, so that it needs no search
 
 
 @lru_cache
@@ -42,9 +54,9 @@ def _defaults() -> dict[str, Any]:
 
 
 def check_plain(row: Mapping[str, Any]) -> None:
-    """Raise ValueError for settings that PEFT knows and a plain LoRA has not; those that PEFT does not know, it drops.
+    """Raise ValueError for settings that a plain LoRA does not have.
 
-    row: names and values as in adapter_config.json.
+    row: names and values as in adapter_config.json. PEFT drops settings that it does not know, so these pass.
     """
     defaults = _defaults()
     for name, value in row.items():
@@ -55,7 +67,10 @@ def check_plain(row: Mapping[str, Any]) -> None:
 
 
 def check_ranks(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for ranks that no matrix has, alphas that are no numbers, and patterns that need a search."""
+    """Raise ValueError for ranks, alphas or patterns that cannot be right.
+
+    No rank is larger than the largest matrix, alphas are finite numbers, and a pattern matches without a search.
+    """
     ranks = {"r": row.get("r", 8), **_pattern(row, "rank_pattern")}
     alphas = {"lora_alpha": row.get("lora_alpha", 8), **_pattern(row, "alpha_pattern")}
     largest = max((len(tensor) for key, tensor in tensors.items() if "lora_A" in key and tensor.ndim), default=0)
@@ -77,7 +92,10 @@ def _pattern(row: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def named(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """The config, with the modules that the weights name in place of a regular expression for them."""
+    """The config, with module names instead of regular expressions.
+
+    The names are those of the weights.
+    """
     if not (isinstance(config.target_modules, str) or config.exclude_modules or config.layers_pattern):
         return config
     modules = sorted({key.partition(".lora_")[0] for key in tensors})

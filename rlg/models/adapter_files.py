@@ -1,8 +1,8 @@
-"""LoRA adapters on disk, and into a network: PEFT folders, diffusers and kohya files, and our checkpoints.
+"""LoRA adapters: reading from disk, and loading into a network.
 
-Paths and hub ids alike (`rlg.models.hub`); only safetensors is read. `base_model_name_or_path` in adapter_config.json
-says what an adapter was trained on. kohya-style files are renamed by diffusers' own converter, which it has for SD and
-SDXL (and some that we have no backbone for), not for SD3.
+An adapter is a PEFT folder, a diffusers or kohya file, or a checkpoint of this project. It is given as a path or a hub
+id (`rlg.models.hub`), and only safetensors is read. `base_model_name_or_path` in adapter_config.json names the base
+that it was trained on. Diffusers' own converter renames kohya-style files. It exists for SD and SDXL, and not for SD3.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te")
-_BARE = ""  # the part that settings without a prefix are of
+_BARE = ""  # key of settings that name no part of the pipeline
 _NOT_SWITCHED = ", which guidance can't switch between its passes"
 
 
@@ -52,17 +52,18 @@ class AdapterFile:
 
     config: LoraConfig | None  # None for a diffusers file, whose header diffusers reads itself
     tensors: dict[str, Tensor]
-    base: str | None  # what it was trained on, where it says so
+    base: str | None  # the base that it names, if any
     path: Path
-    given: str  # where the user said that it is: a path, or a hub id
-    converted: bool = False  # the tensors are not named as in the file, and alpha is in them
-    header: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a diffusers file: part -> its LoRA's settings
+    given: str  # the path or hub id that the user gave
+    converted: bool = False  # the tensors have other names than in the file, and are multiplied by alpha / rank
+    header: dict[str, dict[str, Any]] = field(default_factory=dict)  # diffusers file: settings of a LoRA, by part
 
 
 def save(pipe: Any, denoiser_name: str, folder: Path, base: str) -> None:
-    """Write folder/adapter (PEFT) and folder/pytorch_lora_weights.safetensors (diffusers, alpha in its header).
+    """Write an adapter as a PEFT folder and as a diffusers file.
 
-    The second only for a pipeline of which diffusers loads LoRA files.
+    They are folder/adapter and folder/pytorch_lora_weights.safetensors, which has alpha in its header. The second is
+    only written if diffusers loads LoRA files into this pipeline.
     """
     network = getattr(pipe, denoiser_name)
     state = {k: v.detach().float().cpu().contiguous() for k, v in get_peft_model_state_dict(network).items()}
@@ -73,33 +74,37 @@ def save(pipe: Any, denoiser_name: str, folder: Path, base: str) -> None:
     config.inference_mode = True
     config.save_pretrained(peft_folder)
     save_file({_PEFT_PREFIX + k: v for k, v in state.items()}, peft_folder / PEFT_WEIGHTS, metadata={"format": "pt"})
-    named = {"base_model_name_or_path": public_names.base(base)}  # this file is what people hand on
+    named = {"base_model_name_or_path": public_names.base(base)}  # users publish this file
     header = {f"{denoiser_name}_lora_adapter_metadata": _plain(config) | named}
     if hasattr(pipe, "save_lora_weights"):
         type(pipe).save_lora_weights(folder, **{f"{denoiser_name}_lora_layers": state}, **header)
 
 
 def _plain(config: LoraConfig) -> dict[str, Any]:
-    """The config as JSON-friendly values, as diffusers' own metadata."""
+    """The config as JSON-friendly values, as in diffusers' own metadata."""
     row = config.to_dict()
     return {k: sorted(v) if isinstance(v, set) else v for k, v in row.items()}
 
 
 def known_files(source: hub.Source) -> list[str]:
-    """The adapter's weights in a folder, by the names that PEFT, diffusers and we give them, best first."""
+    """Names of an adapter's weights in a folder, best first.
+
+    Only the names that PEFT, diffusers and this project use are known.
+    """
     return [n for n in (f"{PEFT_FOLDER}/{PEFT_WEIGHTS}", PEFT_WEIGHTS, DIFFUSERS_FILE) if n in source.files]
 
 
 def find(place: str | Path | hub.Source) -> Path:
-    """The file that holds an adapter's weights, on this machine: given itself, in a folder, or in a hub repository.
+    """The file that holds an adapter's weights, on this machine.
 
-    Raises ValueError if there is none, several of unknown names, or a pickle.
+    place: the file, a folder with it, or a hub repository with it. Raises ValueError if there is none, if there are
+    several of unknown names, and for a pickle.
     """
     source = hub.source(place)
     name = source.file or _only_file(source)
     if name.endswith(hub.PICKLES):
         raise ValueError(f"{source.where(name)} is a pickle, which can run code when read; convert it to safetensors")
-    if not name.endswith(hub.SAFETENSORS):  # diffusers would take a file of another name for a pickle
+    if not name.endswith(hub.SAFETENSORS):  # diffusers would read a file with another suffix as a pickle
         raise ValueError(f"{source.where(name)} is no {hub.SAFETENSORS} file")
     beside = name.removesuffix(PEFT_WEIGHTS) + PEFT_CONFIG
     needed = [name, beside] if name.endswith(PEFT_WEIGHTS) and beside in source.files else [name]
@@ -107,7 +112,10 @@ def find(place: str | Path | hub.Source) -> Path:
 
 
 def _only_file(source: hub.Source) -> str:
-    """The adapter of a folder: of a known name, or the only safetensors file at its top."""
+    """The name of the adapter's file in a folder.
+
+    It is a known name, or the only safetensors file at the top.
+    """
     loose = sorted(n for n in source.files if "/" not in n and n.endswith(hub.SAFETENSORS))
     found = known_files(source) or loose
     if found == loose and len(loose) > 1:
@@ -122,7 +130,10 @@ def _only_file(source: hub.Source) -> str:
 
 
 def check_no_run(folder: str | Path) -> None:
-    """Raise ValueError for a run's folder, with the checkpoints that it holds: the user means one of them."""
+    """Raise ValueError for a run's folder, and list its checkpoints.
+
+    The user means one of them.
+    """
     steps = [run_folder.step_of(entry.name) for entry in Path(folder).glob("*") if entry.is_dir()]
     found = [run_folder.checkpoint_name(step) for step in sorted(step for step in steps if step is not None)]
     if found:
@@ -133,7 +144,7 @@ def check_no_run(folder: str | Path) -> None:
 
 
 def with_settings(file: Path) -> dict[str, Path]:
-    """The files of an adapter's weights, by name: the settings of a PEFT folder are in a second one."""
+    """The files of an adapter, by name; a PEFT folder has two."""
     beside = file.with_name(PEFT_CONFIG)
     files = [file, beside] if file.name == PEFT_WEIGHTS and beside.is_file() else [file]
     return {each.name: each for each in files}
@@ -145,7 +156,10 @@ def read(path: str | Path) -> AdapterFile:
 
 
 def read_file(file: Path, given: str) -> AdapterFile:
-    """Read the file that `find` found; `given` is how the user called it. Raises ValueError if it is damaged."""
+    """Read the file that `find` found.
+
+    given: the path or hub id that the user gave, for messages. Raises ValueError if the file is damaged.
+    """
     if fault := manifest.fault_of(file):
         raise ValueError(f"{file} is damaged or cut short: {fault}")
     try:
@@ -157,7 +171,7 @@ def read_file(file: Path, given: str) -> AdapterFile:
             raise ValueError(f"{file} is damaged: {key} holds NaN or an infinity")
     if file.name != PEFT_WEIGHTS:
         header = _read_header(file)
-        if _BARE in header:  # diffusers' `save_lora_adapter`: names and settings of the denoiser, without a prefix
+        if _BARE in header:  # diffusers' `save_lora_adapter` writes no prefix: all is about the denoiser
             config = _plain_config(file, header[_BARE])
             return AdapterFile(config, tensors, config.base_model_name_or_path, file, given)
         return AdapterFile(None, tensors, None, file, given, header=header)
@@ -167,7 +181,7 @@ def read_file(file: Path, given: str) -> AdapterFile:
 
 
 def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Settings in a diffusers file, by the part of the pipeline that they are of; diffusers acts on them."""
+    """Settings in the header of a diffusers file, by pipeline part."""
     with safe_open(file, framework="pt") as opened:
         text = (opened.metadata() or {}).get("lora_adapter_metadata")
     parts: dict[str, dict[str, Any]] = {}
@@ -195,7 +209,10 @@ def _read_config(file: Path) -> LoraConfig:
 
 
 def _plain_config(file: Path, row: dict[str, Any]) -> LoraConfig:
-    """The settings of a plain LoRA. Raises ValueError for damaged ones, and for another kind of adapter."""
+    """The settings of a plain LoRA.
+
+    Raises ValueError for damaged settings, and for another kind of adapter.
+    """
     known = {f.name for f in dataclasses.fields(LoraConfig)} - {"peft_type"}
     try:
         is_lora = row["peft_type"] == "LORA"
@@ -212,10 +229,11 @@ def _plain_config(file: Path, row: dict[str, Any]) -> LoraConfig:
 
 
 def load(pipe: Any, denoiser_name: str, adapter: AdapterFile, name: str = NAME, beside: bool = False) -> AdapterFile:
-    """Attach an adapter to a pipeline's network, or leave it as it was; under another name, beside the ones there.
+    """Attach an adapter to a pipeline's network.
 
-    beside: the adapters that are active stay so, under any name. Returns the adapter in the network's names.
-    Raises ValueError if the adapter does not belong to this network, or the network carries one already.
+    name: another name attaches it beside the adapters that are there. beside: the active adapters stay active, under
+    any name. Returns the adapter in the network's names. Raises ValueError if the adapter does not belong to this
+    network, or if the network carries one already. The network then stays as it was.
     """
     network = lora.unwrapped(getattr(pipe, denoiser_name))
     if not isinstance(network, ModelMixin):
@@ -232,9 +250,9 @@ def load(pipe: Any, denoiser_name: str, adapter: AdapterFile, name: str = NAME, 
     before = {id(layer): layer.active_adapters for layer in lora.layers(network)}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several is what is asked for
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are wanted
             attach(pipe, network, adapter, name)
-    except Exception as error:  # whatever diffusers and PEFT raise over a config that they cannot use
+    except Exception as error:  # diffusers and PEFT raise many types over a config that they cannot use
         _undo(network, name, before)
         reason = textwrap.shorten(str(error), 240)
         raise ValueError(f"{adapter.path} does not fit this base model: {reason}") from error
@@ -245,7 +263,7 @@ def load(pipe: Any, denoiser_name: str, adapter: AdapterFile, name: str = NAME, 
 
 
 def _undo(network: nn.Module, name: str, before: dict[int, list[str]]) -> None:
-    """Take off what a failed loading has left, which may be a part."""
+    """Remove all that a failed loading has attached."""
     lora.detach(network, name)
     getattr(network, "peft_config", {}).pop(name, None)
     if not before:
@@ -255,7 +273,10 @@ def _undo(network: nn.Module, name: str, before: dict[int, list[str]]) -> None:
 
 
 def _twin(network: nn.Module, adapter: AdapterFile) -> str | None:
-    """The name under which an adapter of the same matrices is attached already, as by load_lora_weights."""
+    """The name of an attached adapter with the same matrices.
+
+    The user may have attached it by load_lora_weights.
+    """
     there = dict(network.named_modules())
     for key, ours in adapter.tensors.items():
         module, _, kind = _without_part(key).partition(".lora_")
@@ -275,29 +296,32 @@ def _without_part(key: str) -> str:
 
 
 def to_float32(network: nn.Module, adapter: AdapterFile, adapter_name: str = NAME) -> None:
-    """Hold a loaded adapter in fp32, with the values of its file: loading rounds them to the precision of the base."""
+    """Restore a loaded adapter's values in fp32 from its file.
+
+    Loading rounds them to the precision of the base.
+    """
     on_disk = {key.partition(".")[2] if adapter.config is None else key: t for key, t in adapter.tensors.items()}
     for name, parameter in network.named_parameters():
         if ".lora_" in name and f".{adapter_name}." in name:
-            value = on_disk.get(
-                name.replace(f".{adapter_name}.", "."), parameter.data
-            )  # other trainers' names: as loaded
+            # A file of another trainer may use other names. Then the loaded values stay.
+            value = on_disk.get(name.replace(f".{adapter_name}.", "."), parameter.data)
             parameter.data = value.to(parameter.device, torch.float32, copy=True)  # training changes it in place
 
 
 def _from_kohya(pipe: Any, denoiser_name: str, adapter: AdapterFile) -> AdapterFile:
-    """A kohya-style file in diffusers' and PEFT's names, alpha / rank in its matrices; others as they are.
+    """A kohya-style file in the names of diffusers and PEFT.
 
-    diffusers alone would take one alpha for all attention layers, also where they differ (0.42).
-    Raises ValueError for a file that it can't name, and for one that changes a text encoder.
+    Its matrices are multiplied by alpha / rank, because diffusers would use one alpha for all attention layers, even
+    where they differ (0.42). Other files are returned as they are. Raises ValueError for a file that diffusers cannot
+    rename, and for one that changes a text encoder.
     """
     keys = adapter.tensors.keys()
     if adapter.config is not None or not keys or not all(key.startswith(_KOHYA_PREFIXES) for key in keys):
         return adapter
-    config = {f"{denoiser_name}_config": getattr(pipe, denoiser_name).config}  # SDXL's blocks are named by it
+    config = {f"{denoiser_name}_config": getattr(pipe, denoiser_name).config}  # the names of SDXL's blocks need it
     try:
         renamed = pipe.lora_state_dict(_fold_alpha(adapter.tensors), **config)
-    except Exception as error:  # whatever diffusers' converter meets
+    except Exception as error:  # diffusers' converter raises many types
         reason = textwrap.shorten(str(error), 240)
         raise ValueError(f"{adapter.path} is a kohya-style file that diffusers can't read: {reason}") from error
     renamed = convert_unet_state_dict_to_peft(renamed[0] if isinstance(renamed, tuple) else renamed)
@@ -311,11 +335,14 @@ def _from_kohya(pipe: Any, denoiser_name: str, adapter: AdapterFile) -> AdapterF
 
 
 def _fold_alpha(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """kohya's update is alpha / rank * up @ down; here alpha is the rank, and `up` has the factor, in fp32."""
+    """Multiply kohya's `up` matrices by alpha / rank, in fp32.
+
+    kohya's update is alpha / rank * up @ down. In the result, alpha is the rank.
+    """
     wrong = next(
         (key for key in tensors if not key.endswith((".lora_down.weight", ".lora_up.weight", ".alpha"))), None
     )
-    if wrong:  # diffusers would leave some out, such as DoRA's, and run another function
+    if wrong:  # diffusers would leave out some of these, such as DoRA's, and compute another function
         raise ValueError(f"{wrong} is no part of a plain LoRA")
     folded = {key: tensor.float() for key, tensor in tensors.items() if not key.endswith(".alpha")}
     for key, alpha in tensors.items():
@@ -326,7 +353,10 @@ def _fold_alpha(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
-    """Raise ValueError unless every LoRA matrix of the denoiser fits a layer of the network, and has its partner."""
+    """Raise ValueError unless every LoRA matrix fits the network.
+
+    A matrix of the denoiser needs a layer of its shape, and its partner.
+    """
     modules = dict(network.named_modules())
     trained_on = f" (trained on {adapter.base})" if adapter.base else ""
     misfit = f"{adapter.path}{trained_on} does not fit this base model"
@@ -340,7 +370,7 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
         prefix, _, name = ("", "", key) if adapter.config else key.partition(".")
         module, _, kind = name.partition(".lora_")
         if prefix not in ("", *MAIN_DENOISERS) or kind not in ("A.weight", "B.weight"):
-            continue  # a text encoder's, or the naming of another trainer: for diffusers to judge
+            continue  # diffusers checks a text encoder's matrices, and the names of other trainers
         axis = 0 if kind.startswith("B") else 1
         shape = _weight_shape(modules.get(module))
         if shape is None or min(tensor.ndim, len(shape)) < 2 or tensor.shape[axis] != shape[axis]:
@@ -352,7 +382,10 @@ def check_fit(network: nn.Module, adapter: AdapterFile) -> None:
 
 
 def _weight_shape(module: nn.Module | None) -> tuple[int, ...] | None:
-    """Shape of a layer's weight as it computes, (out, in, ...): quantised ones are stored in another."""
+    """Shape (out, in, ...) of a layer's weight in computations.
+
+    A quantised weight is stored in another shape.
+    """
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
@@ -361,7 +394,8 @@ def _weight_shape(module: nn.Module | None) -> tuple[int, ...] | None:
 
 
 def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile, name: str) -> None:
-    config = copy.deepcopy(adapter_config.named(adapter.config, adapter.tensors))  # the network changes and keeps it
+    # The network keeps and changes the config, so it gets a copy.
+    config = copy.deepcopy(adapter_config.named(adapter.config, adapter.tensors))
     config.inference_mode = False
     with _offloading_paused(pipe):
         lora.attach(network, config, name)
@@ -374,7 +408,10 @@ def _attach_peft(pipe: Any, network: nn.Module, adapter: AdapterFile, name: str)
 
 @contextmanager
 def _offloading_paused(pipe: Any) -> Iterator[None]:
-    """Within, no hook moves the pipeline's weights; layers that are added get hooks as the others, as in diffusers."""
+    """Keep hooks from moving the pipeline's weights.
+
+    Layers that are added meanwhile get the same hooks as the others, as in diffusers.
+    """
     by_model, sequential, by_group = _func_optionally_disable_offloading(pipe)
     try:
         yield
@@ -395,7 +432,7 @@ def _attach_diffusers_file(pipe: Any, network: nn.Module, adapter: AdapterFile, 
     second = loader_options(pipe, network)
     if adapter.converted:
         pipe.load_lora_weights(dict(adapter.tensors), adapter_name=name, **second)
-    else:  # from the file, whose header may hold alpha
+    else:  # diffusers reads alpha from the file's header
         options = {"weight_name": adapter.path.name, "adapter_name": name, "use_safetensors": True, **second}
         pipe.load_lora_weights(str(adapter.path.parent), **options)
     if not lora.carrying(network, [name]):

@@ -1,8 +1,8 @@
 """Digests of the files that results are made of.
 
-A path says where something was, and not what it is. An evaluation, a training and an oracle record them; whoever goes
-on with one compares, and is refused where a file under the same name holds something else. Files of the hub's cache
-are named by their sha256, which is then taken.
+A path says where a file was, and not what it contains. An evaluation, a training and an oracle record digests. A
+command that continues one of them compares the digests, and refuses if a file of the same name has changed. The hub's
+cache names its files by their sha256, which is used for them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from rlg.io.parsing import read_json
 from rlg.io.run_folder import AVERAGE, STATE
 from rlg.models import hub
 
-if TYPE_CHECKING:  # rlg.status does without torch, which takes seconds to load
+if TYPE_CHECKING:  # rlg.status must not load torch, which takes seconds
     from rlg.prompts import Prompt
 
 DIGESTS, VERSIONS = "digests", "versions"  # keys of a record
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-_OF_MODELS = (".safetensors", ".json", ".txt", ".model", *hub.PICKLES)  # rewards' weights are .pt
-_BLOB = re.compile(r"[0-9a-f]{64}")  # how the hub's cache names a large file: by its sha256
+_OF_MODELS = (".safetensors", ".json", ".txt", ".model", *hub.PICKLES)  # weights of rewards are .pt files
+_BLOB = re.compile(r"[0-9a-f]{64}")  # the hub's cache names a large file by its sha256
 _BLOCK, _READERS = 2**20, 4
-_SMALL = 2**24  # bytes; a larger file is read once, unless its size or time changes
-_ENDS = 2**20  # bytes of a data set's large file that are read at both ends: a parquet's statistics are there
-_WHOLE = 2**30  # bytes up to which a data set is read as a whole
+_SMALL = 2**24  # bytes; a larger file is read again only if its size or time changes
+_ENDS = 2**20  # bytes read at each end of a data set's large file, where a parquet file has its statistics
+_WHOLE = 2**30  # bytes; a larger data set is not read as a whole
 
 Record = dict[str, dict[str, str]]
 
@@ -151,7 +151,7 @@ def _cached(place: str) -> Path | None:
         return None
     try:
         root = Path(huggingface_hub.snapshot_download(match["repo"], local_files_only=True))
-    except Exception:  # the hub raises whatever it meets
+    except Exception:  # the hub does not say what it raises
         return None
     return root / match["inner"] if match["inner"] else root
 
@@ -165,9 +165,9 @@ def _model_files(root: Path) -> dict[str, Path]:
 
 
 def of_data(place: str | Path) -> str | None:
-    """Digest of a data set's files, None for one that is not here.
+    """Digest of a data set's files, or None for a remote one.
 
-    Of a set over 1 GiB each file's size and both its ends count.
+    Of a set over 1 GiB, each file's size and its two ends count.
     """
     path = Path(place).expanduser()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
@@ -212,4 +212,4 @@ def _read(path: Path, size: int, changed: int, ends: bool) -> str:
     return digest.hexdigest()
 
 
-_read_once = lru_cache(maxsize=4096)(_read)  # for the time of this process
+_read_once = lru_cache(maxsize=4096)(_read)

@@ -1,8 +1,9 @@
-"""Full fine-tuned networks, as the released Diffusion-DPO UNets are: a second network beside the base, no LoRA.
+"""Full fine-tuned networks, such as the released Diffusion-DPO UNets.
 
-Given as the bare network's folder, a repository with that folder in it (`unet`, `transformer`), or a whole pipeline,
-of which only the network is taken: base and tuned share VAE and text encoders, as they share the prompt's encoding.
-Only safetensors is read, and its headers are compared with the base before any weight is.
+A full network is a second network beside the base, instead of a LoRA. It is given as the network's own folder, as a
+repository with that folder in it (`unet`, `transformer`), or as a whole pipeline. Only the network is taken from a
+pipeline: base and tuned model share VAE, text encoders and the prompt's encoding. Only safetensors is read. The
+headers are compared with the base before any weight is read.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from rlg.models import adapter_files, hub, lora
 from rlg.models.backbones.networks import MAIN_DENOISERS
 
 CONFIG = "config.json"
-_FREE = ("sample_size",)  # may differ between networks of the same weights
+_FREE = ("sample_size",)  # networks with the same weights may differ in it
 _WEIGHTS = "diffusion_pytorch_model"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _FILE = re.compile(rf"{_WEIGHTS}(?:\.(?P<variant>\w+))?\.safetensors")
-_INDEX = re.compile(rf"{_WEIGHTS}\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")  # names the files of a split one
+_INDEX = re.compile(rf"{_WEIGHTS}\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")  # lists files of split weights
 
 
 def is_network(place: str | Path | hub.Source) -> bool:
@@ -36,11 +37,12 @@ def is_network(place: str | Path | hub.Source) -> bool:
 
 
 def load(pipe: Any, denoiser_name: str, place: str | Path | hub.Source, with_lora: bool = False) -> nn.Module:
-    """A full network to set beside the pipeline's own, on its device, in its precision; the pipeline is not touched.
+    """A full network, as a second one beside the base.
 
-    with_lora: the pipeline's network may carry adapters, and the caller sees to it that both networks have them.
-    Raises ValueError if it is missing, damaged, pickled or made for another base, or if the pipeline's network is
-    quantised or carries a LoRA, with which it is not the base.
+    It is on the base's device and in its precision, and the pipeline is not changed. with_lora: the pipeline's network
+    may carry adapters, and the caller makes sure that both networks have them. Raises ValueError if the network is
+    missing, damaged, pickled or made for another base. Raises ValueError also if the pipeline's network is quantised,
+    or carries a LoRA and so is not the base.
     """
     base, source = lora.unwrapped(getattr(pipe, denoiser_name)), hub.source(place)
     if not isinstance(base, ModelMixin):
@@ -66,15 +68,15 @@ def load(pipe: Any, denoiser_name: str, place: str | Path | hub.Source, with_lor
         network = type(base).from_pretrained(
             files[0].parent, dtype=base.dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
-    except Exception as error:  # whatever diffusers raises over a config that it cannot use
+    except Exception as error:  # diffusers raises many types over a config that it cannot use
         raise ValueError(f"cannot load {where}: {textwrap.shorten(str(error), 240)}") from error
-    if hasattr(network, "set_attn_processor"):  # a backbone, or the user, may have given the base others
+    if hasattr(network, "set_attn_processor"):  # a backbone or the user may have changed those of the base
         network.set_attn_processor(dict(base.attn_processors))
     return network.to(base.device).requires_grad_(False).eval()
 
 
 def memory(base: nn.Module, tuned: nn.Module) -> str:
-    """What two networks take, in one line."""
+    """The memory of two networks, as one line of text."""
     return f"two networks in memory: base {_size(base)}, tuned {_size(tuned)}"
 
 
@@ -85,7 +87,10 @@ def _size(network: nn.Module) -> str:
 
 
 def _folder(source: hub.Source, denoiser_name: str = "") -> str | None:
-    """Where in a source its network is, with a "/" behind it; a pipeline's second one is found by its name alone."""
+    """The network's folder in a source, with a "/" at its end.
+
+    A pipeline's second network is found only by its name.
+    """
     for name in MAIN_DENOISERS if denoiser_name in ("", *MAIN_DENOISERS) else (denoiser_name,):
         if f"{name}/{CONFIG}" in source.files:
             return f"{name}/"
@@ -108,7 +113,8 @@ def _check_class(where: str, config: Mapping[str, Any], base: nn.Module) -> None
     found, expected = config.get("_class_name"), type(base).__name__
     if found != expected:
         raise ValueError(f"{where} does not fit this base model: a {found} against a {expected}")
-    for name, ours in base.config.items():  # before diffusers builds a network of a billion layers
+    # The configs are compared first, because a wrong one could make diffusers build a billion layers.
+    for name, ours in base.config.items():
         theirs = config.get(name, ours)
         if _is_count(theirs) and theirs != (list(ours) if isinstance(ours, tuple) else ours) and name not in _FREE:
             raise ValueError(f"{where} does not fit this base model: {name} is {theirs} against {ours}")
@@ -119,14 +125,20 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_scheduler(where: str, config: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """A pipeline says what its network predicts; outputs of two kinds can't be mixed."""
+    """Raise ValueError if two pipelines' networks predict different things.
+
+    Their outputs cannot be mixed.
+    """
     found, expected = config.get("prediction_type"), base.get("prediction_type")
     if found and expected and found != expected:
         raise ValueError(f"{where} does not fit this base model: it predicts {found}, the base {expected}")
 
 
 def _weights(source: hub.Source, folder: str) -> tuple[str | None, list[Path]]:
-    """diffusers' name of the variant (the plain one if it is there) and the files that hold it, on this machine."""
+    """The variant of the weights, and its files on this machine.
+
+    The variant is diffusers' name of it. The plain one is preferred.
+    """
     inside = sorted(name.removeprefix(folder) for name in source.files if name.startswith(folder))
     found = [m for name in inside if (m := _FILE.fullmatch(name) or _INDEX.fullmatch(name))]
     if not found:
@@ -153,7 +165,10 @@ def _lacks(names: list[str]) -> str:
 
 
 def _check_shapes(where: str, files: list[Path], base: nn.Module) -> None:
-    """Raise ValueError unless the files hold a tensor for each one of the base, of its shape, and no more."""
+    """Raise ValueError unless the files match the base's tensors.
+
+    Each tensor of the base must be there with its shape, and no other tensor may be.
+    """
     with lora.hidden_in_state_dict(base):
         expected = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()}
     found = {name: shape for file in files for name, shape in _shapes(file).items()}

@@ -1,7 +1,7 @@
-"""Where a model's files are: a path on this machine, or a hub id, of which only the files in use are downloaded.
+"""Places of a model's files: a local path or a hub id.
 
-A hub id is USER/REPO, with a folder or a file of the repository behind it where that is needed
-(USER/REPO/FILE.safetensors). Offline, what the hub's cache holds is what there is.
+A hub id is USER/REPO. A folder or a file of the repository may follow it (USER/REPO/FILE.safetensors). Only the files
+in use are downloaded. Offline, only the hub's cache is used.
 """
 
 from __future__ import annotations
@@ -20,25 +20,31 @@ ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<inner>.+)
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of files, here or in a repository of the hub, and maybe one file of it that was asked for."""
+    """A folder of files, on this machine or in a hub repository.
 
-    repo: str | None  # a hub repository, or None for a folder of this machine
+    The user may have asked for one file of it.
+    """
+
+    repo: str | None  # a hub repository, or None for a folder on this machine
     folder: str  # path of the folder, on this machine or in the repository
-    files: frozenset[str]  # in the folder and the folders in it, "/" between
-    file: str | None = None  # the file that was named itself
+    files: frozenset[str]  # paths below the folder, with "/"
+    file: str | None = None  # the file that the user named, if any
 
     def where(self, name: str = "") -> str:
-        """A file, or the folder, as a user knows it."""
+        """A file or the folder, in the words of a user."""
         return "/".join(part for part in (self.repo, self.folder.rstrip("/"), name) if part)
 
     def fetch(self, *names: str) -> Path:
-        """The folder on this machine, with these files in it at least. Raises ValueError if the hub gives none."""
+        """The folder on this machine, with at least these files in it.
+
+        Raises ValueError if the hub does not give a file.
+        """
         if self.repo is None:
             return Path(self.folder)
         inside = [f"{self.folder}/{name}".lstrip("/") for name in names]
         try:
             paths = [huggingface_hub.hf_hub_download(self.repo, name) for name in inside]
-        except Exception as error:  # the hub raises whatever it meets
+        except Exception as error:  # the hub does not say what it raises
             raise ValueError(f"cannot get {self.where(names[0])} from the hub: {short(error)}") from error
         return Path(paths[0]).parents[names[0].count("/")]
 
@@ -48,13 +54,19 @@ class Source:
 
 
 def is_id(path: str | Path) -> bool:
-    """Whether something that is not here reads as a hub id; `runs/x` does not, where there is a folder `runs`."""
+    """Tell whether a name that is no path is a hub id.
+
+    `runs/x` is none if there is a folder `runs`.
+    """
     path = Path(path)
     return not path.exists() and ID.fullmatch(str(path)) is not None and not Path(path.parts[0]).exists()
 
 
 def source(path: str | Path | Source) -> Source:
-    """The files of a path or a hub id; a source as it is. Raises ValueError if there is nothing."""
+    """The files of a path or a hub id.
+
+    A source is returned as it is. Raises ValueError if there is nothing.
+    """
     if isinstance(path, Source):
         return path
     here = Path(path)
@@ -78,10 +90,13 @@ def source(path: str | Path | Source) -> Source:
 
 
 def _repository(repo: str) -> frozenset[str]:
-    """Names of a repository's files, of those in the cache if the hub can't be reached. Raises ValueError."""
+    """Names of a repository's files.
+
+    They come from the cache if the hub cannot be reached. Raises ValueError if that has none.
+    """
     try:
         return frozenset(huggingface_hub.list_repo_files(repo))
-    except Exception as error:  # the hub raises whatever it meets
+    except Exception as error:  # the hub does not say what it raises
         try:
             folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
         except Exception:
@@ -90,5 +105,5 @@ def _repository(repo: str) -> frozenset[str]:
 
 
 def short(error: Exception) -> str:
-    """What went wrong, in one line of a readable length."""
+    """The message of an error, shortened to one readable line."""
     return textwrap.shorten(str(error), 160)

@@ -1,4 +1,7 @@
-"""Loading of base pipelines, from a folder or the hub, and the base that a tuned model belongs to."""
+"""Loading of base pipelines, from a folder or the hub.
+
+This module also finds the base that a tuned model belongs to.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from rlg.models.backbones import backbone_of
 from rlg.models.tuned_model import TunedModel, resolve
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
-_MOST_LAYERS, _LARGEST_SIZE = 1000, 2**20  # of a network; the largest vocabulary of a text encoder has 2^18 words
+_MOST_LAYERS, _LARGEST_SIZE = 1000, 2**20  # limits of a network; text encoders have vocabularies of up to 2^18
 
 
 def device_of(asked: str | None) -> str:
-    """The device that is asked for, or else CUDA's where there is one."""
+    """The given device, or CUDA's if there is one, or the CPU."""
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -37,12 +40,12 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def base_of(tuned: str | Path | TunedModel, base: str | None) -> str:
-    """The base model to use: the one given, or else the one that an adapter names.
+    """The base model to use: the given one, or the adapter's own.
 
-    Raises ValueError if there is neither, or the tuned model is missing; or damaged, if it is an adapter.
+    Raises ValueError if there is neither, if the tuned model is missing, or if it is a damaged adapter.
     """
     model = resolve(tuned)
-    named = model.base  # read also where a base is given: a damaged adapter is refused before the base is loaded
+    named = model.base  # read in any case, so that a damaged adapter is refused before the base is loaded
     base = base or named
     if not base:
         raise ValueError(f"{model.path} does not say what it was trained on; give --base")
@@ -50,9 +53,9 @@ def base_of(tuned: str | Path | TunedModel, base: str | None) -> str:
 
 
 def load_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A diffusers pipeline of any class from a folder, a hub id or a tinyworld name; safetensors only.
+    """Load a diffusers pipeline of any class, from safetensors only.
 
-    Raises ValueError if it is missing, incomplete, damaged or pickled.
+    base: a folder, a hub id or a tinyworld name. Raises ValueError if it is missing, incomplete, damaged or pickled.
     """
     with _loading(base):
         location = location_of(base)
@@ -61,7 +64,10 @@ def load_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def check_configs(folder: Path) -> None:
-    """Raise ValueError for configs in a local folder that ask for more than a model has, before it is set up."""
+    """Raise ValueError for configs that ask for an impossibly large model.
+
+    folder: a local one. The check comes before the model is set up.
+    """
     for pattern in ("model_index.json", "*/config.json", "*/scheduler_config.json"):
         for file in sorted(folder.glob(pattern)):
             waiting = list(read_json(file).items())
@@ -99,6 +105,6 @@ def location_of(base: str) -> str:
 def _loading(base: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # diffusers and the hub raise whatever they meet
+    except Exception as error:  # diffusers and the hub do not say what they raise
         reason = textwrap.shorten(str(error), 240)
         raise ValueError(f"cannot load the base model {base!r}: {reason}") from error

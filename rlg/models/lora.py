@@ -1,6 +1,7 @@
-"""LoRA adapters inside a network: switched off and on, scaled, mixed, and taken off again.
+"""Switching, scaling, mixing and removing LoRA adapters inside a network.
 
-PEFT's public switches also move requires_grad, which DDP must not see: what is set here is what they set inside.
+PEFT's public switches also change requires_grad, which DDP must not see. Therefore this module sets the attributes
+that these switches set.
 """
 
 from __future__ import annotations
@@ -28,24 +29,30 @@ def carrying(network: nn.Module, names: Collection[str]) -> list[BaseTunerLayer]
 
 
 def names_of(network: nn.Module) -> list[str]:
-    """Names of the adapters of a network, in the order in which they were attached."""
+    """Names of a network's adapters, in the order of attachment."""
     return list(dict.fromkeys(name for layer in layers(network) for name in layer.scaling))
 
 
 def fused(network: nn.Module) -> list[str]:
-    """Names of the adapters that are added to the base's own weights, and still known as such."""
+    """Names of the adapters that are added to the base's weights.
+
+    PEFT still knows them by these names.
+    """
     return list(dict.fromkeys(name for layer in layers(network) for name in layer.merged_adapters))
 
 
 def fused_projections(network: nn.Module, parts: Collection[nn.Module]) -> str | None:
-    """The first attention that computes queries, keys and values from copies of these layers' weights, if any."""
+    """The first attention that runs on copies of these layers' weights.
+
+    Such an attention computes queries, keys and values together. Returns None if there is none.
+    """
     among = {id(part) for part in parts}
     attentions = ((name, m) for name, m in network.named_modules() if _computes_from_copies(m))
     return next((name for name, m in attentions for part in _projections(m) if id(part) in among), None)
 
 
 def _computes_from_copies(attention: nn.Module) -> bool:
-    if isinstance(attention, Attention):  # diffusers' older class, whose flag stays when its processor is put back
+    if isinstance(attention, Attention):  # this older class keeps its flag when its processor is put back
         return type(attention.processor).__name__.startswith("Fused")
     return getattr(attention, "fused_projections", False)
 
@@ -57,24 +64,24 @@ def _projections(attention: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def disabled(network: nn.Module) -> Iterator[None]:
-    """Within, every LoRA layer of the network passes its input by."""
+    """Switch all LoRA layers of a network off, inside a context."""
     with _set(layers(network), "_disable_adapters", lambda _: True):
         yield
 
 
 @contextmanager
 def active(network: nn.Module, name: str) -> Iterator[None]:
-    """Within, the network's LoRA layers use their adapter of this name."""
+    """Use one adapter in all LoRA layers, inside a context."""
     with _set(layers(network), "_active_adapter", lambda _: [name]):
         yield
 
 
 @contextmanager
 def switched(network: nn.Module, names: Sequence[str], on: bool) -> Iterator[None]:
-    """Within, the adapters of these names are on or off, and all others are as they were.
+    """Switch the adapters of these names on or off, inside a context.
 
-    PEFT passes by every adapter of a layer into which one is fused: there the fused ones are kept out of its sight
-    while ours are on. Raises ValueError if an adapter of these names is fused, or gone.
+    All others stay as they are. PEFT skips every adapter of a layer that has a fused one. Therefore the fused ones are
+    hidden from it while these adapters are on. Raises ValueError if an adapter of these names is fused, or gone.
     """
     found = carrying(network, names)
     for name in names:
@@ -102,9 +109,10 @@ def switched(network: nn.Module, names: Sequence[str], on: bool) -> Iterator[Non
 
 @contextmanager
 def mixed(network: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
-    """Within, each LoRA layer adds the weighted sum of its adapters' updates: one pass with the merged dense weights.
+    """Add the weighted sum of all adapters' updates, inside a context.
 
-    Ranks, alphas and layers may differ. To average the factors instead would be another update, with cross terms.
+    This is one pass with the merged dense weights. Ranks, alphas and layers may differ. An average of the factors
+    would be another update, with cross terms.
     """
     with _scaling(layers(network), weights), _set(layers(network), "_active_adapter", lambda _: list(weights)):
         yield
@@ -112,7 +120,10 @@ def mixed(network: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
 
 @contextmanager
 def scaled(network: nn.Module, factor: float, names: Collection[str] | None = None) -> Iterator[None]:
-    """Within, the updates of these adapters (of all) are multiplied by a factor: the one-pass cousin of guidance."""
+    """Multiply the updates of adapters by a factor, inside a context.
+
+    names: None means all adapters. This is guidance to first order, in one pass.
+    """
     chosen = names_of(network) if names is None else names
     with _scaling(layers(network), dict.fromkeys(chosen, factor)):
         yield
@@ -120,11 +131,11 @@ def scaled(network: nn.Module, factor: float, names: Collection[str] | None = No
 
 @contextmanager
 def rows(network: nn.Module, factor_N: Tensor, names: Collection[str] | None = None) -> Iterator[None]:
-    """Within, the updates of row n of the batch are multiplied by factor_N[n]: 0 is the base, 1 the tuned model.
+    """Multiply the updates of row n by factor_N[n], inside a context.
 
-    names: the adapters that are meant (all that are active). One batch then holds passes of several models. The
-    rank's few channels are scaled, before they are projected up.
-    Raises ValueError, inside a pass, for a layer whose batch is of another size.
+    0 is the base, and 1 is the tuned model, so that one batch holds passes of several models. names: the adapters to
+    scale; None means all active ones. The few channels of the rank are scaled, before they are projected up. A pass
+    raises ValueError for a layer whose batch has another size.
     """
 
     def scale(module: nn.Module, args: Any, low: Tensor) -> Tensor:
@@ -144,7 +155,10 @@ def rows(network: nn.Module, factor_N: Tensor, names: Collection[str] | None = N
 
 @contextmanager
 def hidden_in_state_dict(network: nn.Module) -> Iterator[None]:
-    """Within, `network.state_dict()` holds the base's weights under their own names, and no adapter's."""
+    """Hide adapters in `network.state_dict()`, inside a context.
+
+    It then holds the base's weights under their own names.
+    """
     plain = network.state_dict
 
     def base_alone(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -164,13 +178,16 @@ def unwrapped(network: nn.Module) -> nn.Module:
 
 
 def other_parts(pipe: Any, network: nn.Module, names: Collection[str]) -> list[str]:
-    """Names of the pipeline's other parts that carry an adapter of these names."""
+    """Names of the pipeline's other parts that carry these adapters."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     return [name for name, part in parts.items() if unwrapped(part) is not network and carrying(part, names)]
 
 
 def attach(network: nn.Module, config: LoraConfig, name: str) -> None:
-    """Put a new adapter of these settings into a network, also one of a class for which diffusers has no loader."""
+    """Put a new adapter into a network.
+
+    This also works for a class that diffusers has no loader for.
+    """
     if isinstance(network, PeftAdapterMixin):
         network.add_adapter(config, name)
     else:
@@ -184,7 +201,10 @@ def choose(network: nn.Module, name: str) -> None:
 
 
 def detach(network: nn.Module, name: str) -> None:
-    """Take an adapter off a network, if it is there; with the last one go PEFT's layers."""
+    """Take an adapter off a network, if it is there.
+
+    With the last adapter, PEFT's layers are removed.
+    """
     if not carrying(network, [name]):
         return
     others = [each for each in names_of(network) if each != name]
@@ -201,13 +221,13 @@ def remove_layers(network: nn.Module) -> None:
     """Take PEFT's layers out of a network, with all adapters."""
     if hasattr(network, "unload_lora"):
         network.unload_lora()
-    else:  # a network for which diffusers has no loader
+    else:  # diffusers has no loader for this network
         recurse_remove_peft_layers(network)
         vars(network).pop("peft_config", None)
 
 
 def _scaling(found: list[BaseTunerLayer], factors: Mapping[str, float]) -> Any:
-    """Within, the scaling of each named adapter is multiplied by its factor."""
+    """Multiply each named adapter's scaling by its factor, inside a context."""
 
     def times(layer: BaseTunerLayer) -> dict[str, float]:
         return {name: value * factors.get(name, 1.0) for name, value in layer.scaling.items()}

@@ -1,8 +1,10 @@
-"""A policy: a diffusers pipeline, its noise process, and a LoRA that can be switched off.
+"""A policy: a pipeline, its noise process, and a switchable LoRA.
 
-The network with the adapter on is the tuned model, and with the adapter off it is the reference model: one set of
-weights, never a copy (only a full fine-tuned network, made elsewhere, is a second one). `predict` and `reference` have
-one signature, (x_BCHW, t_B, conditioning) -> out_BCHW.
+The network with the adapter on is the tuned model. With the adapter off, it is the reference model. Both have the same
+weights, and there is no copy. (A full fine-tuned network is a second one.) `predict` and `reference` have one
+signature:
+
+    (x_BCHW, t_B, conditioning) -> out_BCHW
 """
 
 from __future__ import annotations
@@ -28,22 +30,23 @@ from rlg.models.loading import DTYPES, check_family, load_pipeline, warn_if_emul
 from rlg.models.tuned_model import TunedModel, resolve
 
 _ENCODE_BATCH = 64
-_BYTES_AT_ONCE = 2**23  # of a channel in the autoencoder: 4 images of 1024 x 1024 in bfloat16, which take some 6 GiB
+# Bytes of one channel in the autoencoder: 4 images of 1024 x 1024 in bfloat16, which take about 6 GiB.
+_BYTES_AT_ONCE = 2**23
 
 
 class Policy:
-    """A pipeline as reinforcement learning sees it."""
+    """A pipeline as reinforcement learning uses it."""
 
     def __init__(self, pipe: DiffusionPipeline, base: str, t5_length: int | None = None):
         self.pipe = pipe
-        self.base = base  # where the pipeline came from: a hub id or a path
+        self.base = base  # hub id or path of the pipeline
         self.backbone = backbone_of(pipe)
         self._encoding = _encoding(self.backbone, t5_length, base)
         self.backbone.prepare(pipe)
         self.network: nn.Module = self.backbone.denoiser(pipe)
         self.wrapped: nn.Module = self.network  # the accelerate-wrapped network while training
-        self.tuned: nn.Module | None = None  # a full fine-tuned network, in place of an adapter
-        self.watch: Callable[[Tensor], None] = lambda out: None  # looks at each output of `predict`
+        self.tuned: nn.Module | None = None  # a full fine-tuned network, instead of an adapter
+        self.watch: Callable[[Tensor], None] = lambda out: None  # called with each output of `predict`
         self.scheduler_config: Mapping[str, Any] = config_of(pipe.scheduler)
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
@@ -59,11 +62,11 @@ class Policy:
         t5_length: int | None = None,
         vae_dtype: str | None = None,
     ) -> Policy:
-        """Load a pipeline folder, a hub id or the name of a tinyworld model ("tiny-sd3").
+        """Load a policy by folder, hub id or tinyworld name.
 
         t5_length: tokens of a prompt that T5 is given (default: the pipeline's own). vae_dtype: of the autoencoder
         (default: dtype, or float32 where that overflows). Raises ValueError for an unknown family or dtype, a length
-        that the family has not, a missing or incomplete folder, and pickled weights.
+        that the family does not have, a missing or incomplete folder, and pickled weights.
         """
         for name in (dtype, vae_dtype or dtype):
             if name not in DTYPES:
@@ -79,7 +82,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     def schedule(
@@ -91,19 +94,25 @@ class Policy:
         *,
         resolution: int | None = None,
     ) -> Schedule:
-        """The reverse process of this model on its device, for square images; see `process.make_schedule`.
+        """The reverse process of square images, on the policy's device.
 
-        resolution: as for `latent_shape`; some schedulers shift their noise levels by it.
+        See `process.make_schedule`. resolution: as for `latent_shape`. Some schedulers shift their noise levels by it.
         """
         made = self.backbone.schedule(self.pipe, self.scheduler_config, steps, kernel, level, window, resolution)
         return made.to(self.device)
 
     def process(self, resolution: int | None = None) -> Process:
-        """The forward process of this model, for square images; resolution as for `schedule`."""
+        """The forward process of square images.
+
+        resolution: as for `schedule`.
+        """
         return self.backbone.forward_process(self.pipe, self.scheduler_config, resolution)
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a square image; None is the model's own size."""
+        """(C, H, W) of the latents of a square image.
+
+        resolution: in pixels; None is the model's own size.
+        """
         side = resolution or self.image_size()
         return self.backbone.latent_shape(self.pipe, self.network, side, side)
 
@@ -118,33 +127,43 @@ class Policy:
         return Conditioning.cat([self.backbone.encode(self.pipe, chunk, **self._encoding) for chunk in chunks])
 
     def with_sizes(self, cond: Conditioning, sizes_B2: Tensor, crops_B2: Tensor, side: int) -> Conditioning:
-        """Conditioning that also says (height, width) before resizing, (top, left) of the crop and the final side.
+        """Conditioning that also holds image sizes, for families that take them.
 
-        The same conditioning for a family that does not take them.
+        The sizes are (height, width) before resizing, (top, left) of the crop, and the final side. Other families get
+        the same conditioning back.
         """
         return self.backbone.with_sizes(cond, sizes_B2, crops_B2, side)
 
     @torch.no_grad()
     def encode_images(self, images_B3HW: Tensor, batch: int = 64) -> Tensor:
-        """Latents (B, C, H, W), fp32, of images in [0, 1], encoded `batch` at a time, fewer if they are large."""
+        """Latents (B, C, H, W), fp32, of images in [0, 1].
+
+        The batch is encoded in parts of `batch` images, or of fewer if the images are large.
+        """
         parts = images_B3HW.to(self.device).split(self._at_once(batch, *images_B3HW.shape[2:]))
         return torch.cat([self.backbone.encode_image(self.pipe, part) for part in parts])
 
     def predict(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-        """The tuned model's output: adapter on, or the full network. Goes through the accelerate-wrapped network."""
+        """The tuned model's output: adapter on, or the full network.
+
+        The pass goes through the accelerate-wrapped network.
+        """
         network = self.wrapped if self.tuned is None else self.tuned
         out = self.backbone.forward(network, x_BCHW, t_B, cond)
         self.watch(out)
         return out
 
     def reference(self, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-        """The base model's output: adapter off. Goes through the bare network."""
+        """The base model's output: adapter off.
+
+        The pass goes through the bare network.
+        """
         with self.adapter_off():
             return self.backbone.forward(self.network, x_BCHW, t_B, cond)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
-        """Within, the policy is the base model."""
+        """Make the policy the base model, inside a context."""
         tuned, self.tuned = self.tuned, None
         try:
             with lora.disabled(self.network):
@@ -154,19 +173,25 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor, batch: int = 64) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], fp32, decoded `batch` at a time, fewer if they are large."""
+        """Images (B, 3, H, W) in [0, 1], fp32.
+
+        The batch is decoded in parts of `batch` images, or of fewer if the images are large.
+        """
         height, width = (self.pipe.vae_scale_factor * side for side in latents_BCHW.shape[2:])
         parts = latents_BCHW.split(self._at_once(batch, height, width))
         return torch.cat([self.backbone.decode(self.pipe, part) for part in parts])
 
     def _at_once(self, batch: int, height: int, width: int) -> int:
-        """How many images of this size go through the autoencoder together: its memory grows with their pixels."""
+        """Number of images that go through the autoencoder together.
+
+        Its memory grows with their pixels.
+        """
         return max(1, min(batch, _BYTES_AT_ONCE // (height * width * self.pipe.vae.dtype.itemsize)))
 
     def add_lora(self, rank: int, alpha: int, targets: Sequence[str] | None = None) -> list[nn.Parameter]:
-        """Attach a new LoRA (fp32, Gaussian A, zero B) and return its parameters.
+        """Attach a new LoRA and return its parameters.
 
-        Raises ValueError if no module is named by `targets`.
+        A is Gaussian, B is zero, and both are fp32. Raises ValueError if `targets` name no module.
         """
         config = LoraConfig(
             r=rank,
@@ -178,7 +203,7 @@ class Policy:
         return self.trainable()
 
     def add_frozen_copy(self, name: str) -> list[nn.Parameter]:
-        """Attach a second adapter that begins as a copy of the LoRA and gets no gradients; returns its parameters."""
+        """Attach a frozen copy of the LoRA, and return its parameters."""
         lora.attach(self.network, copy.deepcopy(self.network.peft_config[adapter_files.NAME]), name)
         lora.choose(self.network, adapter_files.NAME)
         frozen = self._adapter(name)
@@ -188,9 +213,10 @@ class Policy:
         return frozen
 
     def load_frozen_copy(self, name: str, file: Path) -> None:
-        """Attach a second adapter of the LoRA's shape, from the weights that a trainer keeps of it (NFT's old policy).
+        """Attach a frozen adapter of the LoRA's shape from a file.
 
-        Raises ValueError if the file is missing, damaged or of another shape, or the tuned model is a full network.
+        A trainer keeps it (NFT's old policy). Raises ValueError if the file is missing, damaged or of another shape,
+        or if the tuned model is a full network.
         """
         if self.tuned is not None:
             raise ValueError(f"the tuned model is a full network, which has no second adapter as in {file}")
@@ -206,10 +232,11 @@ class Policy:
             parameter.data.copy_(value)
 
     def load_expert(self, name: str, tuned: str | Path | TunedModel) -> None:
-        """Attach a further adapter under a name of its own, frozen, from any file that `load_adapter` reads.
+        """Attach a further adapter, frozen and under its own name.
 
-        Rank, alpha and layers may differ from the first one's, which stays the one that `predict` runs; `predict_as`
-        runs this one. Raises ValueError as `load_adapter`, and for a full network, given here or loaded before.
+        tuned: any file that `load_adapter` reads. Rank, alpha and layers may differ from those of the first adapter.
+        `predict` still runs the first one; `predict_as` runs this one. Raises ValueError as `load_adapter` does, and
+        if this or the tuned model is a full network.
         """
         model = resolve(tuned)
         if self.tuned is not None or model.is_network:
@@ -221,12 +248,18 @@ class Policy:
         self.trainable()
 
     def predict_mixed(self, weights: Mapping[str, float], x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-        """The output of the network whose weights are base + sum of w * (the adapter's dense update), in one pass."""
+        """The output with a weighted sum of adapters, in one pass.
+
+        The weights of the network are base + sum of w * (the adapter's dense update).
+        """
         with lora.mixed(self.network, weights):
             return self.backbone.forward(self.network, x_BCHW, t_B, cond)
 
     def predict_as(self, name: str, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-        """The output with another adapter of the network on. Goes through the bare network."""
+        """The output with another adapter of the network on.
+
+        The pass goes through the bare network.
+        """
         with lora.active(self.network, name):
             return self.backbone.forward(self.network, x_BCHW, t_B, cond)
 
@@ -242,13 +275,17 @@ class Policy:
         return [p for key, p in self.network.named_parameters() if ".lora_" in key and f".{name}." in key]
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as a PEFT folder and as a diffusers LoRA file; see `adapters.save`."""
+        """Write the adapter as a PEFT folder and a diffusers file.
+
+        See `adapter_files.save`.
+        """
         adapter_files.save(self.pipe, self.backbone.denoiser_name, folder, self.base)
 
     def load_adapter(self, tuned: str | Path | TunedModel) -> None:
-        """Attach a trained adapter: our checkpoint, a PEFT folder, a diffusers or kohya LoRA file, or a hub id.
+        """Attach a trained adapter.
 
-        Raises ValueError if it is missing, damaged, pickled or made for another base.
+        tuned: a checkpoint of this project, a PEFT folder, a diffusers or kohya LoRA file, or a hub id. Raises
+        ValueError if it is missing, damaged, pickled or made for another base.
         """
         assert self.tuned is None, "a full network is loaded: the adapter would change the base"
         adapter = adapter_files.load(self.pipe, self.backbone.denoiser_name, resolve(tuned).adapter)
@@ -256,9 +293,10 @@ class Policy:
         self.trainable()
 
     def load_tuned(self, tuned: str | Path | TunedModel) -> None:
-        """Take an adapter (`load_adapter`) or a full fine-tuned network (`full_networks.load`) as the tuned model.
+        """Load an adapter or a full fine-tuned network as the tuned model.
 
-        Raises ValueError if it is missing, damaged, pickled or made for another base.
+        See `load_adapter` and `full_networks.load`. Raises ValueError if it is missing, damaged, pickled or made for
+        another base.
         """
         model = resolve(tuned)
         if model.is_network:

@@ -1,4 +1,7 @@
-"""Text encodings, kept: encoders are frozen, so a prompt is encoded once, however often training meets it."""
+"""A cache of encoded prompts.
+
+Text encoders are frozen, so that a prompt needs to be encoded only once.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,19 @@ from collections.abc import Callable, Sequence
 
 from rlg.diffusion.conditioning import Conditioning
 
-LIMIT = 2**30  # bytes of host memory: of SD3.5 with T5, in bf16, some 370 prompts
+LIMIT = 2**30  # bytes of host memory, enough for about 370 prompts of SD3.5 with T5 in bf16
 
 
 class EncodedPrompts:
-    """Encodes prompts, and keeps in host memory those that were asked for last, up to `limit` bytes.
+    """Encode prompts, and keep the latest ones in host memory.
 
-    Each prompt is encoded alone: what comes out depends on the prompt, and not on those that happened to be new with
-    it, so that a run that was resumed is the one that was not.
+    They take up to `limit` bytes. Each prompt is encoded alone, so that its encoding does not depend on other prompts.
+    A resumed run therefore equals one that was never stopped.
     """
 
     def __init__(self, encode: Callable[[Sequence[str]], Conditioning], limit: int = LIMIT):
         self.encode, self.limit = encode, limit
-        self.bytes = 0  # held at the moment
+        self.bytes = 0  # size of the cache at the moment
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:

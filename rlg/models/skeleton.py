@@ -1,4 +1,7 @@
-"""A policy without weights: a pipeline's modules on the meta device, set up from its config files alone."""
+"""A policy without weights.
+
+Its modules are on the meta device, and are set up from config files alone.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ _LOCAL = {"local_files_only": True}
 
 
 def load(base: str, dtype: str, t5_length: int | None = None, vae_dtype: str | None = None) -> Policy:
-    """As `Policy.load`, without weights, and without a download.
+    """Load a policy without weights and without a download.
 
-    Raises OSError where the config files are not on this machine, ValueError for what is no model.
+    The arguments are those of `Policy.load`. Raises OSError where the config files are not on this machine, and
+    ValueError for a folder that is no model.
     """
     location = location_of(base)
     check_configs(Path(location))
@@ -36,7 +40,10 @@ def load(base: str, dtype: str, t5_length: int | None = None, vae_dtype: str | N
 
 
 def _value(location: str, name: str, value: Any, dtype: torch.dtype) -> Any:
-    """What a pipeline is made with: a part, None for a part that it has not, or a plain setting."""
+    """One argument of the pipeline's constructor.
+
+    It is a part, None for a part that the pipeline does not have, or a plain setting.
+    """
     if not isinstance(value, (list, tuple)):
         return value
     library, class_name = value
@@ -57,7 +64,7 @@ def _part(location: str, name: str, kind: Any, dtype: torch.dtype) -> Any:
         else:
             module = kind(kind.config_class.from_pretrained(location, subfolder=name, **_LOCAL))
     nn.Module.to(module, dtype)
-    if dtype == torch.float16:  # T5's: their products overflow there
+    if dtype == torch.float16:  # the products of these T5 layers overflow in float16
         for path, inner in module.named_modules():
             if path.rpartition(".")[2] in (getattr(kind, "_keep_in_fp32_modules", None) or ()):
                 inner.float()

@@ -1,7 +1,8 @@
-"""A tuned model, found once: where an adapter or a full network is, what it holds, and which base it names.
+"""Tuned models, each resolved once.
 
-A command resolves each model that it is given, and hands the record on. The hub is listed when the record is made;
-an adapter is read, and its files are hashed, when they are first asked for, and once.
+The record says where an adapter or a full network is, what it holds, and which base it names. A command makes one
+record for each model that it is given. The hub is listed when the record is made. An adapter is read and hashed once,
+on first use.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rlg.models.backbones.networks import MAIN_DENOISERS
 class TunedModel:
     """An adapter or a full fine-tuned network. `adapter`, `base` and `digest` raise ValueError for damaged files."""
 
-    path: str  # as it was given: a path, or a hub id
+    path: str  # the path or hub id that the user gave
     source: hub.Source  # its files
     is_network: bool  # a full network, not an adapter
 
@@ -35,7 +36,10 @@ class TunedModel:
 
     @property
     def base(self) -> str | None:
-        """The base model that an adapter names; None where it names none, and for a full network."""
+        """The base model that an adapter names.
+
+        It is None if the adapter names none, and for a full network.
+        """
         return None if self.is_network else self.adapter.base
 
     @cached_property
@@ -48,7 +52,10 @@ class TunedModel:
 
 
 def resolve(tuned: str | Path | TunedModel) -> TunedModel:
-    """Find a tuned model by path or hub id; what is found already stays. Raises ValueError if there is nothing."""
+    """Find a tuned model by path or hub id.
+
+    A record is returned as it is. Raises ValueError if there is nothing.
+    """
     if isinstance(tuned, TunedModel):
         return tuned
     source = hub.source(tuned)

@@ -1,4 +1,7 @@
-"""Model families: the one place that knows how each diffusers pipeline calls its network."""
+"""Model families, and how a pipeline of each calls its network.
+
+No other package asks for the family.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,9 @@ def backbone_of(pipe: Any) -> Backbone:
 
 
 def pipeline_cfg(pipe: Any, scale: float) -> dict[str, Any]:
-    """Options of a call of a pipeline, of any family, for this scale of classifier-free guidance; 1 is off."""
+    """Options of a pipeline's call for a scale of classifier-free guidance.
+
+    They fit a pipeline of any family. A scale of 1 turns it off.
+    """
     known = BACKBONES.get(type(pipe).__name__)
     return known.pipeline_cfg(scale) if known else {"guidance_scale": scale}

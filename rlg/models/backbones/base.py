@@ -1,6 +1,6 @@
-"""What a model family has to say about itself: a frozen record of functions.
+"""The record of functions that describes a model family.
 
-The defaults are those of a network that works on the latents of a convolutional autoencoder as they are.
+Its defaults fit a network that works directly on the latents of a convolutional autoencoder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def _guidance_scale(scale: float) -> dict[str, Any]:
 
 
 def latent_shape(pipe: Any, network: nn.Module, height: int, width: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of an image of height x width pixels. Raises ValueError for other sizes."""
+    """(C, H, W) of the latents of an image of this size in pixels.
+
+    Raises ValueError for a size that the autoencoder does not take.
+    """
     factor = pipe.vae_scale_factor
     if height % factor or width % factor:
         raise ValueError(f"image size {height}x{width} is not a multiple of {factor}")
@@ -38,14 +41,17 @@ def image_size(pipe: Any, network: nn.Module) -> int:
 
 
 def image_tokens(network: nn.Module, latent_shape_CHW: tuple[int, int, int]) -> int:
-    """Length of an image in the network's sequence: its latents' area in the network's patches."""
+    """Length of an image in the network's sequence.
+
+    It is the area of the latents, counted in patches of the network.
+    """
     _, height, width = latent_shape_CHW
     patch = getattr(network.config, "patch_size", None) or 1
     return (height // patch) * (width // patch)
 
 
 def mu(config: Mapping[str, Any], tokens: int, steps: int) -> float:
-    """`process.linear_mu`, at any number of steps."""
+    """`process.linear_mu` for any number of steps."""
     return process.linear_mu(config, tokens)
 
 
@@ -58,7 +64,10 @@ def decode(pipe: Any, latents_BCHW: Tensor) -> Tensor:
 
 
 def encode_image(pipe: Any, images_B3HW: Tensor) -> Tensor:
-    """Latents (B, C, H, W), fp32, of images in [0, 1]: the posterior's mean."""
+    """Latents (B, C, H, W), fp32, of images in [0, 1].
+
+    They are the posterior's mean.
+    """
     config = pipe.vae.config
     shift = getattr(config, "shift_factor", None) or 0.0
     latents = pipe.vae.encode((images_B3HW * 2 - 1).to(pipe.vae.dtype)).latent_dist.mode()
@@ -72,29 +81,30 @@ class Backbone:
     denoiser_name: str  # the pipeline's attribute that holds the network
     text_encoders: tuple[str, ...]  # the pipeline's attributes that hold text encoders
     lora_targets: tuple[str, ...]  # default LoRA target modules
-    # (pipe, prompts) -> conditioning, of one length whatever the prompts; and t5_length, where there is a T5
+    # (pipe, prompts) -> conditioning, with the same length for all prompts. With a T5 it also takes t5_length.
     encode: Callable[..., Conditioning]
     forward: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]  # (network, x_BCHW, t_B, cond) -> out_BCHW
-    prepare: Callable[[Any], None] = lambda pipe: None  # called once on a pipeline that we load ourselves
+    prepare: Callable[[Any], None] = lambda pipe: None  # called once on a pipeline that this project loads
     with_sizes: Callable[[Conditioning, Tensor, Tensor, int], Conditioning] = _sizeless  # see `Policy.with_sizes`
-    max_t5_length: int = 0  # tokens that its T5 may be given; 0: it has none
+    max_t5_length: int = 0  # most tokens that its T5 takes; 0 if it has no T5
     latent_shape: Callable[[Any, nn.Module, int, int], tuple[int, int, int]] = latent_shape  # height, width in pixels
     image_size: Callable[[Any, nn.Module], int] = image_size
     decode: Callable[[Any, Tensor], Tensor] = decode
     encode_image: Callable[[Any, Tensor], Tensor] = encode_image
     image_tokens: Callable[[nn.Module, tuple[int, int, int]], int] = image_tokens  # (network, latents' (C, H, W))
     mu: Callable[[Mapping[str, Any], int, int], float] = mu  # (scheduler config, image tokens, steps), see `process`
-    sigmas: Callable[[int], Sequence[float] | None] = lambda steps: None  # that its pipeline gives to its scheduler
-    pipeline_cfg: Callable[[float], dict[str, Any]] = _guidance_scale  # options of its pipeline for a scale of CFG
+    sigmas: Callable[[int], Sequence[float] | None] = lambda steps: None  # its pipeline gives them to its scheduler
+    pipeline_cfg: Callable[[float], dict[str, Any]] = _guidance_scale  # its pipeline's options for a scale of CFG
 
     def denoiser(self, pipe: Any) -> nn.Module:
         """The network of a pipeline."""
         return getattr(pipe, self.denoiser_name)
 
     def forward_process(self, pipe: Any, config: Mapping[str, Any], side: int | None = None) -> Process:
-        """The noising of square images under a scheduler config; None is the model's own side in pixels.
+        """The forward process of square images, for a scheduler config.
 
-        Raises ValueError as `process.process_from_config`, and for a side that the family has not.
+        side: in pixels; None is the side that the model was trained on. Raises ValueError as
+        `process.process_from_config` does, and for a side that the family does not have.
         """
         return process.process_from_config(config, self._mu(pipe, config, process.TRAINING_TIMES, side))
 
@@ -108,15 +118,19 @@ class Backbone:
         window: tuple[int, int] | None = None,
         side: int | None = None,
     ) -> Schedule:
-        """The denoising of square images under a scheduler config; None is the model's own side in pixels.
+        """The reverse process of square images, for a scheduler config.
 
-        Raises ValueError as `process.make_schedule`, and for a side that the family has not.
+        side: in pixels; None is the side that the model was trained on. Raises ValueError as `process.make_schedule`
+        does, and for a side that the family does not have.
         """
         how_far = self._mu(pipe, config, steps, side)
         return process.make_schedule(config, steps, kernel, level, window, mu=how_far, sigmas=self.sigmas(steps))
 
     def _mu(self, pipe: Any, config: Mapping[str, Any], steps: int, side: int | None) -> float | None:
-        """How far the noise levels of an image of this size are shifted; None where a size shifts nothing."""
+        """The shift of noise levels for an image of this size.
+
+        It is None where the size shifts nothing.
+        """
         if not process.shifts_by_size(config):
             return None
         network = self.denoiser(pipe)

@@ -1,7 +1,7 @@
-"""Denoisers of diffusers, by the names that it gives them and by class: what `rlg.apply` and adapters must know.
+"""Diffusers' denoisers, by their names and classes.
 
-`rlg.apply` serves any pipeline, of families with a backbone and without one, so that it goes by the network's class.
-A network that is not in the table runs all the same; it lacks what the table would have said.
+`rlg.apply` serves pipelines of any family, with or without a backbone. Therefore it looks at the network's class. A
+network that is not in the table works as well, but without the options of the table.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 
 from rlg.models.backbones import sd3
 
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")  # as diffusers' pipelines name them
-MAIN_DENOISERS = ("transformer", "unet")  # of which a pipeline has one: in LoRA files, and of folders of networks
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")  # attributes of diffusers' pipelines
+MAIN_DENOISERS = ("transformer", "unet")  # a pipeline has one of them; LoRA files and folders use these names
 
 Inputs = dict[str, Any]  # keyword arguments of a network
 Shorten = Callable[[nn.Module, Inputs], AbstractContextManager[Inputs]]
@@ -28,11 +28,11 @@ def _whole() -> Shorten:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """How a network is called."""
+    """Properties of a network's call."""
 
-    stacks: bool = False  # its arguments have the batch as first dimension, and may be stacked
-    counts_up: bool = False  # its pipeline tells it 1 - t / 1000
-    shorten: Callable[[], Shorten] = _whole  # makes what drops inputs that change nothing, for a guide's life
+    stacks: bool = False  # the batch is the first dimension of its arguments, so that they may be stacked
+    counts_up: bool = False  # its pipeline gives it 1 - t / 1000
+    shorten: Callable[[], Shorten] = _whole  # makes, once a guide, a function that drops inputs without effect
 
 
 CALLS = {
@@ -48,14 +48,17 @@ CALLS = {
 
 
 def call_of(network: object) -> Call:
-    """How a network is called, by its class; the default for a class that is not known."""
+    """The properties of a network's call, by its class.
+
+    A class that is not in the table has the defaults.
+    """
     return CALLS.get(type(network).__name__, Call())
 
 
 def loader_options(pipe: Any, network: nn.Module) -> dict[str, bool]:
-    """Options with which diffusers' `load_lora_weights` loads into this network of a pipeline.
+    """Options of diffusers' `load_lora_weights` for one network of a pipeline.
 
-    Raises ValueError for a network that it never loads into.
+    Raises ValueError for a network that diffusers never loads into.
     """
     if network is getattr(pipe, "unconditional_transformer", None):
         raise ValueError("diffusers loads its LoRA files into the other transformer; give a PEFT folder")

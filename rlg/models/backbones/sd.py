@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x / 2.x: a UNet that attends to one CLIP text encoder."""
+"""Stable Diffusion 1.x / 2.x: a UNet with one CLIP text encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlg.diffusion.conditioning import Conditioning
 from rlg.models.backbones.base import Backbone
 
-UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # as trl and diffusers' DPO example
+UNET_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # source: trl and diffusers' DPO example
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> Conditioning:

@@ -1,9 +1,9 @@
-"""Stable Diffusion 3 / 3.5: a joint transformer over image and text tokens, trained by flow matching.
+"""Stable Diffusion 3 / 3.5: a joint transformer, trained by flow matching.
 
-Without its T5 encoder, diffusers fills the text sequence with n = 256 zero vectors. They carry no position, so they
-stay equal to one another through the whole network, and n equal keys act in a softmax as one key whose logit is higher
-by log n. `encode` then passes a single zero vector with its count, and the attention adds that bias: the same function
-(to rounding) for a fraction of the tokens.
+Image and text tokens attend to each other. Without its T5 encoder, diffusers fills the text sequence with n = 256 zero
+vectors. These have no position, so they stay equal through the whole network. In a softmax, n equal keys act as one
+key whose logit is higher by log n. `encode` therefore passes one zero vector and the count, and the attention adds log
+n. The function is the same up to rounding, with far fewer tokens.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from rlg.models.backbones.base import Backbone
 
 T5_TOKENS = 256  # the pipeline's default `max_sequence_length`
 _MAX_T5_TOKENS = 512  # the pipeline refuses more
-_LORA_TARGETS = tuple(  # Flow-GRPO, scripts/train_sd3.py
+_LORA_TARGETS = tuple(  # source: Flow-GRPO, scripts/train_sd3.py
     f"attn.{name}"
     for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 )
 
 
 class CollapsedTokenProcessor:
-    """diffusers' joint attention, in which the last text token can stand for `last_token_count` equal ones."""
+    """Diffusers' joint attention, with collapsed text tokens.
+
+    The last text token can stand for `last_token_count` equal ones.
+    """
 
     def __call__(
         self,
@@ -67,16 +70,20 @@ class CollapsedTokenProcessor:
 
 
 def equal_zero_tokens(embeds_BLD: Tensor) -> int:
-    """How many tokens at the end of a text sequence are zero, for every prompt of the batch."""
+    """Number of tokens that are zero at a text sequence's end.
+
+    A token counts if it is zero for every prompt of the batch.
+    """
     zero_L = (embeds_BLD == 0).flatten(2).all(dim=2).all(dim=0)
     return int(zero_L.flip(0).long().cumprod(dim=0).sum())
 
 
 @contextmanager
 def collapsed(network: nn.Module, inputs: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
-    """Inputs of the network in which one token stands for the last `count` equal ones, and a network that takes them.
+    """Inputs in which one token stands for the last `count` ones.
 
-    inputs: the network's keyword arguments. Its attention processors are exchanged within, and put back.
+    inputs: the network's keyword arguments. Inside the context, the network has attention processors that take the
+    shorter inputs. Its own ones come back at the end.
     """
     embeds = inputs["encoder_hidden_states"]
     options = {**(inputs.get("joint_attention_kwargs") or {}), "last_token_count": count}
@@ -93,15 +100,19 @@ def collapsed(network: nn.Module, inputs: Mapping[str, Any], count: int) -> Iter
 
 
 def takes_collapsed(network: nn.Module) -> bool:
-    """Whether all of the network's attention is diffusers' plain one, which `collapsed` can stand in for."""
+    """Tell whether `collapsed` works for a network.
+
+    All of its attention must be diffusers' plain one.
+    """
     processors = [block.attn.processor for block in network.transformer_blocks]
     return all(type(p) is JointAttnProcessor2_0 and getattr(p, "_attention_backend", None) is None for p in processors)
 
 
 class FewerTokens:
-    """Inputs without T5's equal zero tokens but one, which stands for them, of a network that another pipeline calls.
+    """Inputs with one token for all of T5's equal zero tokens.
 
-    Tokens are counted once a tensor, as a pipeline passes the same one at every step.
+    They are for a network that another pipeline calls. A pipeline passes the same tensor at every step, so its tokens
+    are counted once.
     """
 
     def __init__(self) -> None:
@@ -109,7 +120,7 @@ class FewerTokens:
 
     @contextmanager
     def __call__(self, network: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The inputs to pass within; they are as they were where nothing may be left out."""
+        """The shorter inputs, or the same ones where nothing may go."""
         embeds = inputs.get("encoder_hidden_states")
         count = self._count(embeds) if isinstance(embeds, Tensor) else 0
         if count < 2 or not takes_collapsed(network):
@@ -125,15 +136,22 @@ class FewerTokens:
 
 
 def prepare(pipe: Any) -> None:
-    """Let the network take collapsed tokens. Harmless to a caller who passes them all."""
+    """Let the network take collapsed tokens.
+
+    A caller may still pass all tokens.
+    """
     if pipe.text_encoder_3 is not None and pipe.text_encoder_3.config.num_layers == 0:
-        pipe.register_modules(text_encoder_3=None, tokenizer_3=None)  # the tinyworld's stand-in, which outputs zeros
+        # The tinyworld's T5 has no layers and outputs zeros, so it is left out.
+        pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
     for block in pipe.transformer.transformer_blocks:
         block.attn.set_processor(CollapsedTokenProcessor())
 
 
 def encode(pipe: Any, prompts: Sequence[str], t5_length: int = T5_TOKENS) -> Conditioning:
-    """Hidden states of all text encoders in one sequence, `t5_length` of them T5's, and the pooled CLIP embeddings."""
+    """Hidden states of all text encoders, and the pooled CLIP embeddings.
+
+    The hidden states are one sequence, in which T5 has `t5_length` tokens.
+    """
     processor = pipe.transformer.transformer_blocks[0].attn.processor
     collapse = pipe.text_encoder_3 is None and isinstance(processor, CollapsedTokenProcessor)
     embeds, _, pooled, _ = pipe.encode_prompt(

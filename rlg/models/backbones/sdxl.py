@@ -1,7 +1,7 @@
-"""Stable Diffusion XL: a UNet with two text encoders, a pooled embedding and micro-conditioning on sizes.
+"""Stable Diffusion XL: a UNet with micro-conditioning on sizes.
 
-The sizes are those of the image, and `forward` reads them off the latents, so that a conditioning serves images of any
-size. `with_sizes` gives it sizes of its own.
+It has two text encoders and a pooled embedding. The sizes are those of the image, which `forward` reads from the
+latents. So a conditioning serves images of any size. `with_sizes` sets other sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def forward(network: nn.Module, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning)
 
 
 def _time_ids(x_BCHW: Tensor, cond: Conditioning) -> Tensor:
-    """(B, 6) sizes that `with_sizes` gave, else those of the image: neither resized nor cropped, as in diffusers."""
+    """(B, 6) sizes by `with_sizes`, or else those of the image.
+
+    The image is then neither resized nor cropped, as in diffusers.
+    """
     if "time_ids" in cond.tensors:
         return cond.tensors["time_ids"]
     pixels_B = cond.tensors["pixels_a_latent"]
@@ -50,14 +53,20 @@ def _time_ids(x_BCHW: Tensor, cond: Conditioning) -> Tensor:
 
 
 def with_sizes(cond: Conditioning, sizes_B2: Tensor, crops_B2: Tensor, side: int) -> Conditioning:
-    """Time ids (original height, width, crop top, left, target height, width), as SDXL was trained."""
+    """Conditioning with given time ids, as SDXL was trained.
+
+    They are (original height, width, crop top, left, target height, width).
+    """
     target_B2 = torch.full_like(sizes_B2, side)
     time_ids = torch.cat([sizes_B2, crops_B2, target_B2], dim=1).to(cond.tensors["text_embeds"])
     return Conditioning(cond.tensors | {"time_ids": time_ids})
 
 
 def prepare(pipe: Any) -> None:
-    """Keep an autoencoder that overflows in float16 in float32, as StableDiffusionXLPipeline does to decode."""
+    """Use float32 for an autoencoder that overflows in float16.
+
+    StableDiffusionXLPipeline does the same to decode.
+    """
     if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)
 
