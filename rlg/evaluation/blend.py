@@ -1,15 +1,20 @@
-"""The evaluator of blends of two experts (`python -m rlg.evaluate --ckpt A --ckpt B --blend 0:1:0.1`).
+"""The evaluator of blends of two experts.
 
-Both experts are adapters of one network, and lambda, a row's `w`, is the weight of the last. For every lambda, paired:
+    python -m rlg.evaluate --ckpt A --ckpt B --blend 0:1:0.1
+
+Both experts are adapters of one network. lambda, a row's `w`, is the weight of the last one. These are compared at
+every lambda, on the same prompts and noises:
 
     blend      base + W ((1 - lambda) (A - base) + lambda (B - base)): a pass for each expert (DB-MPA at W = 1)
     blend_ls   one of them drawn at each step, one pass (DB-MPA-LS; stochastic samplers, W <= 1)
     soup       the weights averaged, one pass: base + W times the mean of the dense updates (rewarded soups,
-               arXiv 2306.04488), not of the LoRA factors, whose products would add cross terms
+               arXiv 2306.04488); a mean of the LoRA factors would add cross terms
 
-and as points beside them the base ("rlg" at w = 0), each expert alone ("expert" at w = 0 and 1, where at W = 1 all
-methods meet, so that they are made once) and models that were trained on a mix of the rewards ("morl", w counting them
-from 0): the oracle, which needs a training run for each lambda.
+These are single points:
+
+    rlg        the base, at w = 0
+    expert     each expert alone, at w = 0 and 1; at W = 1 all methods meet there, so it is made once
+    morl       models that were trained on a mix of the rewards, w counting them from 0: a training for each lambda
 """
 
 from __future__ import annotations
@@ -40,17 +45,20 @@ from rlg.models.policy import Policy
 from rlg.models.tuned_model import TunedModel
 from rlg.prompts import Prompt
 
-EXPERTS = (adapter_files.NAME, "expert_1")  # names in the network
+EXPERTS = (adapter_files.NAME, "expert_1")  # names of the adapters in the network
 
 
 def morl_name(i: int) -> str:
-    """Name in the network of the i-th model that was trained on a mix."""
+    """Adapter name of the i-th model that was trained on a mix."""
     return f"morl_{i}"
 
 
 @dataclass(frozen=True)
 class BlendSettings(EvalSettings):
-    """What decides the rows of a blend; `scales` are the lambdas."""
+    """The settings that decide the rows of a blend.
+
+    `scales` are the lambdas.
+    """
 
     blend_scale: float = 1.0  # W
     morl: int = 0  # number of models trained on a mix
@@ -82,12 +90,18 @@ class BlendSettings(EvalSettings):
         yield from ((MORL, (float(i),)) for i in range(self.morl))
 
     def shows(self, job: Job) -> bool:
-        """Whether the report's slider stops at a job: at the first method, and at the experts that are its ends."""
+        """Tell whether the report's slider stops at a job.
+
+        It stops at the first method, and at the experts as its ends.
+        """
         return job.method == self.methods[0] or (job.method == EXPERT and self.blend_scale == 1)
 
 
 def load_experts(policy: Policy, experts: Sequence[TunedModel], morl: Sequence[TunedModel]) -> None:
-    """Load two experts and the models trained on a mix into one network. Raises ValueError as `load_adapter` does."""
+    """Load two experts, and models trained on a mix, into one network.
+
+    Raises ValueError as `load_adapter` does.
+    """
     policy.load_adapter(experts[0])
     policy.load_expert(EXPERTS[1], experts[1])
     for i, model in enumerate(morl):
@@ -95,7 +109,10 @@ def load_experts(policy: Policy, experts: Sequence[TunedModel], morl: Sequence[T
 
 
 def check_pair(experts: Sequence[TunedModel], morl: Sequence[TunedModel], rewards: Sequence[str]) -> None:
-    """Raise ValueError unless there are two experts and two rewards, and all adapters that name a base name one."""
+    """Raise ValueError unless there are two experts and two rewards.
+
+    All adapters that name a base must name the same one.
+    """
     if len(rewards) != 2:
         raise ValueError(f"--blend draws a front over two rewards; give --reward A B, got {', '.join(rewards)}")
     if len(experts) != 2:
@@ -116,7 +133,7 @@ class BlendEvaluator(Evaluator):
         self.experts = tuple(self.with_cfg(partial(policy.predict_as, name)) for name in EXPERTS)
 
     def guided(self, unit: Sequence[Job], schedule: process.Schedule) -> Guided:
-        """What predicts the outputs of a batch of jobs of one method."""
+        """The predictor for a batch of jobs of one method."""
         method, w = unit[0].method, unit[0].w
         if method == RLG:
             return super().guided(unit, schedule)
@@ -134,7 +151,10 @@ class BlendEvaluator(Evaluator):
 
 
 def allow_more_morl(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Let an evaluation that is there go on with more models trained on a mix: those it has stay the first ones."""
+    """Let an existing evaluation go on with more models of mixed training.
+
+    The models that it has must stay the first ones.
+    """
     file, morl = folder / META, list(meta["morl"])
     before = read_json(file) if file.is_file() else {}
     known = before.get("morl")

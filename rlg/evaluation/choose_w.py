@@ -1,17 +1,15 @@
-"""Choose w: for a KL budget, a target reward, or a floor under the effective share, by bisection on a few prompts.
+"""Choice of w for a goal, by bisection on a few prompts.
 
     python -m rlg.evaluate --ckpt ... --kernel sde --kl_budget 20
     python -m rlg.evaluate --ckpt ... --target_reward 0.8
-    python -m rlg.evaluate --ckpt ... --min_ess 0.5          # as far as beta / w can be believed
+    python -m rlg.evaluate --ckpt ... --min_ess 0.5          # the largest w at which beta / w can be trusted
 
-All three move in one direction along w as long as guidance does what it claims: KL and reward rise, and from w = 1 on
-the effective share falls. So do the first two under a schedule of w that is not constant, where w = 0 is not the base;
-the effective share is unknown there. What is drawn at one w is paired with what is drawn at another. The prompts that
-w is chosen on are left out of the report.
+KL and reward rise with w, and from w = 1 on the effective share falls, as long as guidance works. Under a schedule of
+w that is not constant, KL and reward still rise, and the effective share is unknown. Draws at different w are paired.
+The report leaves out the prompts that w is chosen on. The share of K images is at least 1/K, and its mean is larger
+than the true share. So at least 16 images and twice as many are compared, and the part that falls with K is removed:
 
-K images show no effective share under 1/K, whatever the law's is, and more than it on average. So at least 16 images
-and twice as many are compared: what falls with K is taken out once more (2 share of 2 K - share of K, which leaves a
-bias of 1 / K^2), and a w at which it is over a fifth is refused.
+    2 share of 2 K - share of K          bias 1 / K^2; if the two shares differ by more than a fifth, w is refused
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ from rlg.evaluation.rows import Row
 from rlg.evaluation.summary import effective_share
 
 GOALS = ("kl_budget", "target_reward", "min_ess")  # options of the command
-LARGEST = 8.0  # w beyond which nothing is looked for
-LEAST_IMAGES = 16  # of a prompt, that an effective share is taken of
-MOST_MOVED = 1.2  # share of K images / share of 2 K images
+LARGEST = 8.0  # the search does not go beyond this w
+LEAST_IMAGES = 16  # images a prompt for an effective share
+MOST_MOVED = 1.2  # largest ratio of the share of K images to that of 2 K
 _TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What w is chosen by."""
+    """A goal by which w is chosen."""
 
     option: str  # one of GOALS
     value: float
@@ -46,15 +44,24 @@ class Goal:
 
     @property
     def start(self) -> float:
-        """The w to search from: there the quantity is on the near side of its goal."""
+        """The w at which the search starts.
+
+        There, the quantity has not yet reached its goal.
+        """
         return 1.0 if self.option == "min_ess" else 0.0
 
     def images(self, k: int) -> int:
-        """How many images a prompt it is measured on, k being those of the evaluation."""
+        """The number of images a prompt for the measurement.
+
+        k: the number of the evaluation.
+        """
         return 2 * max(k, LEAST_IMAGES) if self.option == "min_ess" else k
 
     def measure(self, rows: Sequence[Row], reward: str) -> float:
-        """The quantity, signed so that it rises with w. Raises ValueError where the rows do not know it."""
+        """The measured quantity, signed so that it rises with w.
+
+        Raises ValueError where the rows do not have it.
+        """
         if self.option == "target_reward":
             return float(np.mean([row.rewards[reward] for row in rows]))
         if self.option == "kl_budget":
@@ -67,15 +74,15 @@ class Goal:
 
     @property
     def bound(self) -> float:
-        """The goal, signed as `measure`."""
+        """The goal's value, signed as in `measure`."""
         return -self.value if self.option == "min_ess" else self.value
 
 
 def bisect(rising: Callable[[float], float], bound: float, start: float, tolerance: float = _TOLERANCE) -> float:
-    """The w at which a rising function reaches `bound`, to within `tolerance`, from below.
+    """The largest w at which a rising function is below `bound`.
 
-    Steps of one, two and four from `start` find an interval, which is halved.
-    Raises ValueError if it is over the bound at `start`, or under it up to LARGEST.
+    It is found to within `tolerance`. Steps of one, two and four from `start` find an interval, which is halved.
+    Raises ValueError if the function is over the bound at `start`, or under it up to LARGEST.
     """
     low, value = start, rising(start)
     if value > bound:
@@ -93,7 +100,10 @@ def bisect(rising: Callable[[float], float], bound: float, start: float, toleran
 
 
 def _shares(rows: Sequence[Row]) -> tuple[float, float]:
-    """Effective shares of halves of a prompt's images, on average, and of all of them."""
+    """Effective shares of half of the images, and of all.
+
+    The first is the mean over the two halves of a prompt's images.
+    """
     half = (1 + max(row.k for row in rows)) // 2
     parts = ([row for row in rows if (row.k < half) is first] for first in (True, False))
     few, many = ([share.mean for part in group if (share := effective_share(part))] for group in (parts, [rows]))
@@ -102,7 +112,10 @@ def _shares(rows: Sequence[Row]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A w, and where it was chosen by the effective share, that share and how many images a prompt it is of."""
+    """A chosen w, with the effective share that it was chosen by.
+
+    The share and its number of images a prompt are None for other goals.
+    """
 
     w: float
     share: float | None = None
@@ -110,9 +123,10 @@ class Choice:
 
 
 def choose(goal: Goal, rows_at: Callable[[float, int], Sequence[Row]], reward: str, k: int) -> Choice:
-    """w for a goal, rounded down to two digits; rows_at(w, k) makes and scores k calibration images a prompt at one w.
+    """The w for a goal, rounded down to two digits.
 
-    Raises ValueError, naming the option, if the goal is met nowhere or everywhere, or if images are too few to tell.
+    rows_at: makes and scores k calibration images a prompt at w, as rows_at(w, k). Raises ValueError, naming the
+    option, if no w or every w meets the goal, or if there are too few images.
     """
     images = goal.images(k)
     try:
@@ -123,7 +137,10 @@ def choose(goal: Goal, rows_at: Callable[[float, int], Sequence[Row]], reward: s
 
 
 def _confirmed(w: float, rows: Sequence[Row], images: int) -> Choice:
-    """The choice of w. Raises ValueError where half as many images show another share."""
+    """The choice of w.
+
+    Raises ValueError where half as many images have another share.
+    """
     few, many = _shares(rows)
     if few > MOST_MOVED * many:
         raise ValueError(

@@ -1,18 +1,18 @@
-"""The evaluator: images of a policy under guidance, scored, as rows (`python -m rlg.evaluate` is its command).
+"""Sampling and scoring of images under guidance, for `rlg.evaluate`.
 
-Base and adapter-enabled passes run on one network (a full fine-tuned network is a second one); several w share a
-batch; w = 0 and w = 1 take one pass. Noise is a function of (seed, prompt, k), so all w, methods and later runs are
-paired. Beside the sweep (method "rlg") it runs two baselines that cost the same or less: the tuned model with twice
-the steps ("tuned_2x_steps", equal network evaluations) and the LoRA scaled by w ("lora_scale", one pass; a full
-network has none). If asked, "rlg_ls" draws base or tuned model at every step (`rlg.guidance.blend.one_at_a_time`, one
-pass), and "corrected" resamples a prompt's images towards base^(1-w) tuned^w (`rlg.guidance.corrector`); the weights
-that it would go by are in every guided row, as `log_weight`. Draws, resampling and weights are for a w that stays the
-same at every step; the sweep may have another schedule of w (`rlg.guidance.weight_schedule`).
+Base and tuned passes run on one network (a full fine-tuned network is a second one). Several w share a batch, and w =
+0 and w = 1 take one pass. Noise is a function of (seed, prompt, k), so that all w, methods and later runs are paired.
+The work is cut into units (a few prompts, all their images, all w). Their batches do not depend on the number of
+processes. Each process takes every n-th unit and appends its rows to its own file.
 
-The work is cut into units (a few prompts, all their images, all scales) whose batches do not depend on the number of
-processes; each process takes every n-th unit and appends its rows to a file of its own. Path KL is in nats, by
-Girsanov with the variance that is really injected (stochastic samplers only; none of "corrected", whose paths are
-resampled).
+    rlg               the sweep over w, with any schedule of w; its rows hold the corrector's weights, `log_weight`
+    tuned_2x_steps    the tuned model with twice the steps: equal network evaluations
+    lora_scale        the LoRA times w: one pass; not for a full network
+    rlg_ls            base or tuned model, drawn at each step (`rlg.guidance.blend`): one pass; on request
+    corrected         images resampled towards base^(1-w) tuned^w (`rlg.guidance.corrector`); on request
+    path KL           nats, by Girsanov with the injected variance; not for an ODE, and not for "corrected"
+
+The values of `log_weight`, rlg_ls and corrected need a w that is the same at every step.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from rlg.models.policy import Policy
 from rlg.prompts import Prompt
 
 _TO_LOWER = "while sampling: lower --batch_size"
-_ORIGIN = "origin"  # name of the adapter that guidance starts from, in the network
-_DIVERSITY_SIDE = 16  # images are compared at 16x16: layout and colour, not texture
+_ORIGIN = "origin"  # name in the network of the adapter that guidance starts from
+_DIVERSITY_SIDE = 16  # pixels; at this size, layout and colour count, and texture does not
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What decides the rows of an evaluation."""
+    """The settings that decide the rows of an evaluation."""
 
     scales: tuple[float, ...]
     methods: tuple[str, ...]
@@ -72,7 +72,7 @@ class EvalSettings:
     seed: int
     batch_size: int  # images a batch
     origin: str | None = None  # file of an adapter that guidance starts from instead of the base
-    schedule: str = CONSTANT  # of w over the steps, for method rlg: a form of rlg.guidance.weight_schedule
+    schedule: str = CONSTANT  # of w over the steps for method rlg, by its name in rlg.guidance.weight_schedule
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(w) for w in self.scales):
@@ -95,15 +95,18 @@ class EvalSettings:
 
     @staticmethod
     def known() -> tuple[str, ...]:
-        """The methods that there are."""
+        """The methods that exist."""
         return of_sweeps()
 
     def shows(self, job: Job) -> bool:
-        """Whether a job is a stop of the report's slider, so that its image may be kept."""
+        """Tell whether the report's slider stops at a job.
+
+        Only then its image may be kept.
+        """
         return job.method == RLG
 
     def sweeps(self) -> Iterator[tuple[str, tuple[float, ...]]]:
-        """(method, the w that may share a batch)."""
+        """Each method, with the values of w that may share a batch."""
         if RLG in self.methods:
             yield RLG, self.scales
         if TWICE in self.methods:
@@ -119,13 +122,13 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Latents of a batch of jobs, with what its trajectory came to."""
+    """Latents of a batch of jobs, with measurements of their paths."""
 
     latents_BCHW: Tensor
     kl_B: Tensor | None  # nats
     log_weight_B: Tensor | None  # nats
-    passes_B: Tensor  # of the network, before classifier-free guidance
-    off_the_clock: float  # seconds of passes that the KL alone needs: w = 1 skips the base
+    passes_B: Tensor  # passes of the network, not counting classifier-free guidance
+    off_the_clock: float  # seconds of passes that only the KL needs, because w = 1 skips the base
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Images:
     kl_B: Tensor | None  # nats
     nfe_B: Tensor
     seconds_B: Tensor
-    log_weight_B: Tensor | None = None  # nats; of guidance that is not corrected
+    log_weight_B: Tensor | None = None  # nats; for guidance that is not corrected
 
     @staticmethod
     def cat(parts: Sequence[Images]) -> Images:
@@ -146,9 +149,10 @@ class Images:
 
 
 def plan(settings: EvalSettings, prompt_ids: Sequence[int], done: set[Job]) -> list[list[Job]]:
-    """Units of work of one method each (and of one w where the weights change with it), without what is done.
+    """Units of work, each of one method, without finished images.
 
-    A prompt's images at one w stay together, as diversity compares them: unless all are there, all are made.
+    A unit has one w if the method changes the weights with w. Diversity compares a prompt's images at one w, so these
+    stay together: if one is missing, all are made again.
     """
     units: list[list[Job]] = []
     for method, scales in settings.sweeps():
@@ -161,13 +165,16 @@ def plan(settings: EvalSettings, prompt_ids: Sequence[int], done: set[Job]) -> l
 
 
 def rule_of(method: str) -> Callable[[conditioning.Predictor, conditioning.Predictor, Weight], Guided]:
-    """The rule of guidance of a method that has one, (base, tuned, w) -> guided."""
+    """The guidance rule of a method, (base, tuned, w) -> guided."""
     module, _, name = METHODS[method].rule.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def methods_of(chosen: Sequence[str] | None, full: bool) -> tuple[str, ...]:
-    """The methods of an evaluation; by default all that apply but `corrected`. Raises ValueError for others."""
+    """The methods of an evaluation.
+
+    By default, these are all that apply, except `corrected`. Raises ValueError for others.
+    """
     if chosen is None:
         return (RLG, TWICE) if full else (RLG, LORA_SCALE, TWICE)
     if full and LORA_SCALE in chosen:
@@ -176,7 +183,10 @@ def methods_of(chosen: Sequence[str] | None, full: bool) -> tuple[str, ...]:
 
 
 class Evaluator:
-    """Makes and scores images of one policy. Raises ValueError for settings that do not fit it."""
+    """Make and score images of one policy.
+
+    Raises ValueError for settings that do not fit the policy.
+    """
 
     def __init__(self, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], settings: EvalSettings):
         if policy.tuned is not None:
@@ -187,10 +197,13 @@ class Evaluator:
         self.negative = policy.encode([""])
         self.base = self.with_cfg(policy.reference)
         self.shape = policy.latent_shape(settings.resolution)
-        self._schedule(settings.steps)  # refused now rather than at the first batch
+        self._schedule(settings.steps)  # raises now, and not at the first batch
 
     def with_scales(self, scales: Sequence[float]) -> Evaluator:
-        """An evaluator of the same models over other values of w; this one stays as it is."""
+        """A copy of this evaluator with other values of w.
+
+        It has the same models.
+        """
         other = copy.copy(self)
         other.settings = replace(self.settings, scales=tuple(scales))
         return other
@@ -219,13 +232,19 @@ class Evaluator:
             yield row, images.pixels_B3HW[i]
 
     def rows_at(self, prompt_ids: Sequence[int], w: float, k: int) -> list[Row]:
-        """Rows of k images of some prompts guided with one w, by way of trial."""
+        """Rows of k images of each prompt at one w.
+
+        They are used to choose w.
+        """
         unit = [Job(p, each, w, RLG) for p in prompt_ids for each in range(k)]
         return [row for row, _ in self.run(unit)]
 
     @torch.no_grad()
     def generate(self, unit: Sequence[Job]) -> Images:
-        """Sample a batch of jobs of one method. A batch's seconds are shared out by network evaluations."""
+        """Sample a batch of jobs of one method.
+
+        The seconds of the batch are divided in proportion to network evaluations.
+        """
         method, settings = unit[0].method, self.settings
         steps = settings.steps * (2 if method == TWICE else 1)
         schedule = self._schedule(steps)
@@ -243,11 +262,11 @@ class Evaluator:
 
     def _now(self) -> float:
         if self.policy.device.type == "cuda":
-            torch.cuda.synchronize(self.policy.device)  # else one would time the launching of kernels
+            torch.cuda.synchronize(self.policy.device)  # otherwise only the launch of kernels is timed
         return time.perf_counter()
 
     def guided(self, unit: Sequence[Job], schedule: process.Schedule) -> Guided:
-        """What predicts the outputs of a batch of jobs of one method."""
+        """The predictor for a batch of jobs of one method."""
         method, tuned = unit[0].method, self.with_cfg(self.policy.predict)
         origin = self.base
         if self.settings.origin is not None:
@@ -264,14 +283,14 @@ class Evaluator:
         return with_cfg(predict, self.negative, self.settings.cfg)
 
     def ids(self, unit: Sequence[Job]) -> list[SampleId]:
-        """What the noise of each job depends on."""
+        """The identity of each job's sample, which decides its noise."""
         return [SampleId(self.settings.seed, job.prompt_id, job.k) for job in unit]
 
     def _sample(self, unit: Sequence[Job], schedule: process.Schedule) -> Drawn:
         guided, corrector = self.guided(unit, schedule), self._corrector(unit)
         kl = PathKL(self.base, len(unit), guided.base is self.base, self._now)
         counter = PassCounter(guided, len(unit))
-        # After resampling, what is left is no path of the sampler's.
+        # After resampling, a sample's states are no path of the sampler, so they have no path KL.
         has_kl = unit[0].method != CORRECTED and bool(schedule.stochastic_steps())
         latents = sampling.sample(
             guided.with_base,
@@ -285,7 +304,10 @@ class Evaluator:
         return Drawn(latents, kl.kl_B if has_kl else None, log_weight_B, counter.passes_B, kl.seconds)
 
     def _weighs(self, method: str) -> bool:
-        """Whether the corrector knows weights of a method's images; under a w that changes it does not."""
+        """Tell whether the corrector knows the weights of a method's images.
+
+        It does not under a w that changes over the steps.
+        """
         return method in (RLG, CORRECTED) and self.settings.schedule == CONSTANT
 
     def _corrector(self, unit: Sequence[Job]) -> Corrector:
@@ -302,7 +324,10 @@ class Evaluator:
 
 
 def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[float | None]:
-    """Mean RMS distance, at 16x16 pixels, of each image to the others of its group; None for a group of one."""
+    """Mean RMS distance of each image to the others of its group.
+
+    Images are compared at 16x16 pixels. The distance is None for a group of one image.
+    """
     small = torch.nn.functional.interpolate(pixels_B3HW, size=(_DIVERSITY_SIDE,) * 2, mode="area").flatten(1)
     members: dict[tuple[int, float], list[int]] = {}
     for i, group in enumerate(groups):
@@ -320,12 +345,12 @@ def diversity(pixels_B3HW: Tensor, groups: Sequence[tuple[int, float]]) -> list[
 def units_left(
     settings: EvalSettings, folder: Path, prompt_ids: Sequence[int], rank: int = 0, world: int = 1
 ) -> list[list[Job]]:
-    """This process's share of what scores.jsonl lacks."""
+    """This process's share of the work that scores.jsonl lacks."""
     return plan(settings, prompt_ids, set(read(folder / ROWS)))[rank::world]
 
 
 def progress(images: int, rank: int = 0) -> tqdm:
-    """A bar over images, on the first process."""
+    """A progress bar over images, shown by the first process."""
     return tqdm(total=images, desc="evaluate", unit="image", disable=rank > 0, mininterval=1)
 
 
@@ -339,10 +364,11 @@ def evaluate(
     bar: tqdm | None = None,
     interruption: Interruption | None = None,
 ) -> None:
-    """Make this process's share of the rows that scores.jsonl lacks, with a progress bar (or on one of the caller's).
+    """Make this process's share of the rows that scores.jsonl lacks.
 
-    Files of other processes are not looked at: they may have begun, and all must cut the work in the same way. An
-    interruption ends it after the unit at work. Raises OSError, which names the folder, for rows it cannot write.
+    bar: the caller's progress bar; by default there is a new one. Files of other processes are not read, because these
+    may have begun, and all must cut the work in the same way. An interruption ends the work after the present unit.
+    Raises OSError, which names the folder, for rows that cannot be written.
     """
     units = units_left(evaluator.settings, folder, prompt_ids, rank, world)
     if rank == 0:
@@ -363,6 +389,9 @@ def evaluate(
 
 
 def _write_total(settings: EvalSettings, folder: Path, prompt_ids: Sequence[int]) -> None:
-    """Note how many rows there will be, with those that other settings of w left."""
+    """Write the final number of rows.
+
+    It includes the rows of other values of w that are there already.
+    """
     planned = {job for unit in plan(settings, prompt_ids, set()) for job in unit}
     atomic.write_text(folder / PLAN, json.dumps({"images": len(planned | set(read(folder / ROWS)))}))

@@ -1,4 +1,7 @@
-"""An evaluation's folder: rows by job, files of several processes joined, and what the rows were made with."""
+"""An evaluation's folder: rows, images and meta.json.
+
+Files of several processes are joined. meta.json says what the rows were made with.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from rlg.io.pixels import to_pil
 from rlg.io.run_folder import ALL_ROWS, IMAGES, META, PLAN, ROWS, UNJOINED_ROWS, image_name, rows_name
 from rlg.models import fingerprint
 
-if TYPE_CHECKING:  # rlg.status does without torch, which takes seconds to load
+if TYPE_CHECKING:  # rlg.status must not load torch, which takes seconds
     from torch import Tensor
 
 _UNIT_END = b"\n\n"
-# What an evaluation did whose meta.json is older than a setting: the same as without the option
+# An older meta.json lacks these settings. Such an evaluation ran without the options.
 _DEFAULTS = {"origin": None, "schedule": "constant", "chosen": None}
 
 
@@ -40,21 +43,28 @@ class Job:
 
 
 def append(folder: Path, rank: int, rows: Iterable[Row]) -> None:
-    """Add a unit's rows to a process's file, and an empty line, which says that they are all there."""
+    """Append a unit's rows to a process's file.
+
+    An empty line follows, which says that the unit is complete.
+    """
     with (folder / rows_name(rank)).open("a") as file:
         file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows) + "\n")
 
 
 def _cut(file: Path) -> None:
-    """Forget the rows of a unit that a kill or a full disk cut off: it is made anew, in the same batches."""
+    """Delete the rows of an incomplete unit from a file.
+
+    A kill or a full disk cut it off. It is made again, in the same batches.
+    """
     whole = file.read_bytes().rfind(_UNIT_END) + len(_UNIT_END)
     os.truncate(file, whole if whole >= len(_UNIT_END) else 0)
 
 
 def collect(folder: Path) -> dict[Job, Row]:
-    """Everything that was scored so far, from scores.jsonl and from the files of processes that did not finish.
+    """All rows that were scored so far.
 
-    Of the latter it forgets, also on disk, what is not a whole unit.
+    They come from scores.jsonl, and from the files of processes that did not finish. Incomplete units are deleted from
+    these files.
     """
     for file in folder.glob(UNJOINED_ROWS):
         _cut(file)
@@ -62,17 +72,23 @@ def collect(folder: Path) -> dict[Job, Row]:
 
 
 def read(file: Path) -> dict[Job, Row]:
-    """Rows of one file by job; none of a file that is missing or was cut off within its first line."""
+    """Rows of one file, by job.
+
+    There are none if the file is missing, or was cut off within its first line.
+    """
     if not file.is_file():
         return {}
     with file.open("rb") as lines:
-        if not lines.readline().endswith(b"\n"):  # nothing yet, or cut off within its first line
+        if not lines.readline().endswith(b"\n"):  # the file is empty, or cut off within its first line
             return {}
     return {job_of(row): row for row in read_rows(file)}
 
 
 def merge(folder: Path) -> int:
-    """Join the processes' files into scores.jsonl, one row a job, in a fixed order. Returns the number of rows."""
+    """Join the processes' files into scores.jsonl.
+
+    The file has one row a job, in a fixed order. Returns the number of rows.
+    """
     ordered = sorted(
         collect(folder).items(), key=lambda item: (item[0].method, item[0].w, item[0].prompt_id, item[0].k)
     )
@@ -83,7 +99,7 @@ def merge(folder: Path) -> int:
 
 
 def job_of(row: Row) -> Job:
-    """What a row is of."""
+    """The job that a row is the result of."""
     return Job(row.prompt_id, row.k, row.w, row.method)
 
 
@@ -95,10 +111,10 @@ def save_images(rows: Iterable[tuple[Row, Tensor]], folder: Path) -> None:
 
 
 def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
-    """Create the folder and meta.json, in which `fingerprint.record` may be.
+    """Create the folder and meta.json.
 
-    Raises ValueError if it holds an evaluation under other settings or of other files, something that is no
-    evaluation, or a link that leads out of it.
+    meta: it may hold the entries of `fingerprint.record`. Raises ValueError if the folder holds an evaluation with
+    other settings or files, something that is no evaluation, or a link that leads out of it.
     """
     file = folder / META
     check_links(folder)
@@ -106,7 +122,7 @@ def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
         raise ValueError(f"{folder} is not empty and holds no evaluation (no {META}); give --output another folder")
     if overwrite and file.is_file():
         for old in [*folder.glob(ALL_ROWS), *folder.glob(PLAN), *folder.glob(f"{IMAGES}/*.png")]:
-            old.unlink()  # meta.json stays until it is replaced, as without it this is no evaluation's folder
+            old.unlink()  # meta.json stays until it is replaced, because it marks an evaluation's folder
     elif file.is_file():
         before = _DEFAULTS | read_json(file)
         made_of = {name: meta[name] for name in (fingerprint.DIGESTS, fingerprint.VERSIONS) if name in meta}
@@ -124,7 +140,10 @@ def prepare_folder(folder: Path, meta: dict[str, Any], overwrite: bool) -> None:
 
 
 def command_line() -> str:
-    """The command that this process is, as one types it where it was started; paths below there are relative."""
+    """The command of this process, as a user would type it.
+
+    Paths below the working directory are relative.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     script = None if spec else f"python {shlex.quote(_relative(sys.argv[0]))}"
     start = script or called(f"python -m {spec.name.removesuffix('.__main__')}")

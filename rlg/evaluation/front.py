@@ -1,18 +1,18 @@
-"""The front of two rewards that blends of two experts reach: hypervolume, cost, and the figure.
+"""The front of two rewards that blends of two experts reach.
 
-A method's front is its points over lambda (means over all images). All methods meet at its ends, the experts.
-Its hypervolume is the area that its points dominate above a reference point, in units of one reward times the other:
+The points of a front are means over all images, by lambda. The experts are its ends, where all methods meet. Its
+hypervolume is the area that its points dominate above a reference, in units of one reward times the other:
 
     area of the union over points p of [reference, p]        (p above the reference in both rewards)
 
-The reference is the smallest mean of each reward over all points, the base among them, minus a tenth of their range:
-below everything, so that no point is left out, and by as much as a grid of ten steps asks for if the ends shall count
-like the middle (Ishibuchi et al. 2018, "How to specify a reference point in hypervolume calculation"). It is one for
-all methods. Only fronts of as many points compare fairly: a maximum over noise grows with them.
+    reference    smallest mean of each reward over all points (with the base) minus a tenth of their range, one for
+                 all methods; with a grid of ten steps the ends then count like the middle (Ishibuchi et al. 2018,
+                 "How to specify a reference point in hypervolume calculation")
 
-For the same reason a hypervolume has no interval of its own: of noisy means it is too large, the more so the narrower
-the front is. The difference of two methods on the same prompts and noises has one (`stats.jackknife`): what is too
-much in both cancels. With a single prompt it has none.
+Fronts compare fairly only with equal numbers of points, because a maximum over noise grows with the number. A
+hypervolume of noisy means is therefore too large, and more so for a narrow front, so that it has no interval. The
+difference of two methods on the same prompts and noises has one (`stats.jackknife`), because the excess cancels. It
+needs two prompts.
 
 Legend: P points, G prompts, M weightings of them; the last axis of 2 is the pair of rewards, more is better.
 """
@@ -31,12 +31,15 @@ from rlg.evaluation.rows import Row
 from rlg.evaluation.summary import named
 from rlg.stats import Estimate, jackknife
 
-MARGIN = 0.1  # of the range, below the smallest mean
-Key = tuple[str, float]  # method and w
+MARGIN = 0.1  # distance of the reference below the smallest mean, in ranges
+Key = tuple[str, float]  # (method, w)
 
 
 def hypervolume(points_P2: ArrayLike, reference_2: ArrayLike) -> NDArray[np.float64]:
-    """Area that points (..., P, 2) dominate above the reference (2,), both maximised; NaN counts as nothing."""
+    """Area that points (..., P, 2) dominate above the reference (2,).
+
+    Both rewards are maximised. A point with NaN counts as nothing.
+    """
     above = np.nan_to_num(np.maximum(np.asarray(points_P2, dtype=np.float64) - np.asarray(reference_2), 0), nan=0)
     order = np.argsort(-above[..., 0], axis=-1)
     x, y = (np.take_along_axis(above[..., i], order, axis=-1) for i in range(2))
@@ -45,7 +48,10 @@ def hypervolume(points_P2: ArrayLike, reference_2: ArrayLike) -> NDArray[np.floa
 
 
 def front(points: Mapping[Key, Any] | Sequence[Key], method: str, scale: float) -> list[Key]:
-    """The points of a method by lambda; at scale 1 its missing ends are the experts, where all methods meet."""
+    """The points of a method's front, in the order of lambda.
+
+    At scale 1, its missing ends are the experts, where all methods meet.
+    """
     own = {w: (m, w) for m, w in points if m == method}
     if METHODS[method].ends == EXPERT and scale == 1 and own:
         own = {w: (m, w) for m, w in points if m == EXPERT} | own
@@ -53,9 +59,10 @@ def front(points: Mapping[Key, Any] | Sequence[Key], method: str, scale: float) 
 
 
 def summarise_front(rows: Sequence[Row], rewards: Sequence[str], scale: float) -> dict[str, Any]:
-    """The `pareto` entry of summary.json: the reference point, and for each method its hypervolume and its cost.
+    """The `pareto` entry of summary.json.
 
-    rewards: the two of the front. scale: the blend's W. Cost is the mean over the points that mix, 0 < lambda < 1.
+    It holds the reference point, and the hypervolume and cost of each method. rewards: the two rewards of the front.
+    scale: the blend's W. Cost is the mean over points with 0 < lambda < 1.
     """
     by_key: dict[Key, list[Row]] = defaultdict(list)
     for row in rows:
@@ -93,14 +100,17 @@ def _difference(
     fronts: tuple[Sequence[Key], Sequence[Key]],
     reference_2: NDArray[np.float64],
 ) -> Estimate | None:
-    """Hypervolume of the first front less that of the second; None with one prompt."""
+    """Hypervolume of the first front minus that of the second.
+
+    It is None with a single prompt.
+    """
     prompts = sorted({row.prompt_id for keys in fronts for key in keys for row in by_key[key]})
     if len(prompts) < 2:
         return None
     tables = {key: _table(by_key[key], rewards, prompts) for keys in fronts for key in keys}
 
     def statistic(weight_MG: NDArray[np.float64]) -> NDArray[np.float64]:
-        with np.errstate(invalid="ignore"):  # a point may have images of no prompt that is left: it counts as nothing
+        with np.errstate(invalid="ignore"):  # a point without images of the remaining prompts counts as nothing
             at = {key: weight_MG @ sum_G2 / (weight_MG @ count_G1) for key, (sum_G2, count_G1) in tables.items()}
         first, second = (hypervolume(np.stack([at[key] for key in keys], axis=1), reference_2) for keys in fronts)
         return first - second
@@ -111,7 +121,10 @@ def _difference(
 def _table(
     rows: Sequence[Row], rewards: Sequence[str], prompts: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(G, 2) sums of the two rewards and (G, 1) numbers of images of each prompt."""
+    """Sums of the two rewards and numbers of images, by prompt.
+
+    They are (G, 2) and (G, 1).
+    """
     group_N = np.searchsorted(prompts, [row.prompt_id for row in rows])
     columns = [[row.rewards[name] for row in rows] for name in rewards]
     sums = [np.bincount(group_N, column, minlength=len(prompts)) for column in columns]

@@ -1,4 +1,7 @@
-"""Methods that an evaluation compares: a table of their names in files, labels and looks."""
+"""The table of methods that an evaluation compares.
+
+It has their names in files, their labels and their looks.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ BLEND, BLEND_LS, SOUP, EXPERT, MORL = "blend", "blend_ls", "soup", "expert", "mo
 
 @dataclass(frozen=True)
 class Mark:
-    """How a method's points are drawn, in matplotlib's words."""
+    """The look of a method's points, in matplotlib's terms."""
 
-    place: int | None  # in the palette; None: ink
+    place: int | None  # place in the palette; None is the colour of text
     marker: str
-    line: str | tuple[float, tuple[float, ...]]  # "none": points without a line
-    order: float  # what lies on top
+    line: str | tuple[float, tuple[float, ...]]  # "none" draws points without a line
+    order: float  # zorder: larger is on top
     hollow: bool = False
 
 
@@ -25,13 +28,13 @@ class Mark:
 class Method:
     """One arm of an evaluation."""
 
-    name: str  # in scores.jsonl and summary.json
-    label: str  # in figures and tables
+    name: str  # name in scores.jsonl and summary.json
+    label: str  # name in figures and tables
     mark: Mark
-    ends: str | None = None  # method whose points at w = 0 and 1 are the ends of this one's line, too
+    ends: str | None = None  # method whose points at w = 0 and 1 are also the ends of this one's line
     against: str | None = None  # method that its front is compared with
-    is_blend: bool = False  # a curve over lambda, the share of the second of two experts
-    rule: str = ""  # "module:function", (base, tuned, w) -> Guided: another rule of guidance, at every w but 0 and 1
+    is_blend: bool = False  # a curve over lambda, which is the share of the second expert
+    rule: str = ""  # "module:function", (base, tuned, w) -> Guided: a rule of guidance for all w except 0 and 1
 
 
 _DASHED, _DOTTED = (0, (4, 2)), (0, (1, 1.5))
@@ -41,7 +44,7 @@ METHODS = {
         Method(RLG, "guided (RLG)", Mark(0, "o", "-", 3.2)),
         Method(LORA_SCALE, "LoRA × w", Mark(1, "s", _DASHED, 3.0, hollow=True), ends=RLG),
         Method(TWICE, "tuned, 2× steps", Mark(2, "D", "none", 3.1)),
-        Method(RLG_LS, "base or tuned at random", Mark(3, "^", _DOTTED, 3.0, hollow=True)),  # a draw a step: one pass
+        Method(RLG_LS, "base or tuned at random", Mark(3, "^", _DOTTED, 3.0, hollow=True)),
         Method(CORRECTED, "guided, corrected", Mark(4, "v", _DOTTED, 3.15), ends=RLG),
         Method(BLEND, "blend (DB-MPA)", Mark(0, "o", "-", 3.2), ends=EXPERT, is_blend=True),
         Method(
@@ -64,14 +67,14 @@ METHODS = {
         Method(MORL, "trained on a mix (MORL)", Mark(2, "D", "none", 3.3)),
     )
 }
-SWEEP_METHODS = RLG, LORA_SCALE, TWICE, CORRECTED  # of a sweep over w; RLG_LS and rules are asked for by name
+SWEEP_METHODS = RLG, LORA_SCALE, TWICE, CORRECTED  # RLG_LS and rules must be named
 BLEND_METHODS = tuple(name for name, method in METHODS.items() if method.is_blend)
 
 
 def method_of(record: Mapping[str, Any]) -> Any:
-    """The method of a row of scores.jsonl, or of a point of summary.json. Format 1 calls it `mode`.
+    """The method of a row of scores.jsonl or a summary's point.
 
-    Raises KeyError for a record without either.
+    Format 1 calls it `mode`. Raises KeyError for a record without either.
     """
     return record["method"] if "method" in record else record["mode"]
 

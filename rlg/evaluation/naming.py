@@ -16,13 +16,16 @@ from rlg.models.tuned_model import TunedModel
 
 
 def labels_of(experts: Sequence[tuple[str, str]]) -> list[str]:
-    """What to call experts, of which (run, file) is known: by the run, and by the file too where runs repeat."""
+    """Labels of experts, from their runs and files.
+
+    The run is enough unless two experts have the same run. Then the file is added.
+    """
     names = [name for name, _ in experts]
     return names if len(set(names)) == len(names) else [f"{name}/{file}" for name, file in experts]
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the words that all begin with."""
+    """Names without the words that all of them begin with."""
     words = [re.split("(?<=[-_/ ])", name) for name in names]
     start = 0
     while all(len(row) > start + 1 for row in words) and len({row[start] for row in words}) == 1:
@@ -31,7 +34,10 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def home_of(model: TunedModel) -> tuple[str, Path]:
-    """(name, folder) of the run that made an adapter; runs/NAME for a hub id and a full network, made elsewhere."""
+    """`(name, folder)` of the run that made an adapter.
+
+    For a hub id, and for a full network, it is runs/NAME.
+    """
     path = Path(model.path)
     if model.source.repo:
         name = "--".join(path.parts[:2])
@@ -45,7 +51,7 @@ def home_of(model: TunedModel) -> tuple[str, Path]:
 
 
 def names_of(request: EvalRequest) -> tuple[Path, dict[str, Any]]:
-    """The output folder, and what meta.json says of the models."""
+    """The output folder, and meta.json's entries about the models."""
     settings, goal = request.settings, request.goal
     runs = [(*home_of(model), Path(model.path).resolve().name) for model in request.models]
     name, home, file = runs[0]

@@ -1,4 +1,7 @@
-"""Options of `python -m rlg.evaluate`, over a YAML file, over the run's own settings; what they ask for."""
+"""Options of `python -m rlg.evaluate`, and the request that they make.
+
+The command line overrides a YAML file, which overrides the run's own settings.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ OF_BLENDS = ("blend_scale", "morl")  # options that do nothing without --blend
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Options of `python -m rlg.evaluate`; None stands for the run's own setting, or else for a default."""
+    """Options of `python -m rlg.evaluate`.
+
+    None stands for the run's own setting, or else for a default.
+    """
 
     ckpt: tuple[str, ...] = option((), TUNED_HELP + "; two for --blend", metavar="TUNED", repeat=True, group=_MODELS)
     base: str | None = option(None, "base model (default: the one that the adapter was trained on)", group=_MODELS)
@@ -114,7 +120,10 @@ class EvalOptions:
 
     @property
     def is_blend(self) -> bool:
-        """Two experts are blended, instead of one model swept over w."""
+        """Tell whether two experts are blended.
+
+        Otherwise one model is swept over w.
+        """
         return self.blend is not None
 
 
@@ -127,18 +136,27 @@ COMMAND = Command(
 
 
 def parse(argv: Sequence[str] | None) -> EvalRequest:
-    """The evaluation that a command line asks for. Raises ValueError for what does not fit together."""
+    """The evaluation that a command line requests.
+
+    Raises ValueError for options that do not fit together.
+    """
     options = completed(argv)
     return request_of(options, models_of(options))
 
 
 def completed(argv: Sequence[str] | None) -> EvalOptions:
-    """Options, from the command line over a YAML file over the run's own settings. Raises ValueError."""
+    """Options from the command line, a YAML file and the run.
+
+    The first of these that sets an option decides it. Raises ValueError.
+    """
     return complete(read(COMMAND, argv))
 
 
 def read(command: Command[OptionsT], argv: Sequence[str] | None) -> OptionsT:
-    """Options, from the command line over a YAML file; None where neither has a say. Raises ValueError."""
+    """Options from the command line and a YAML file.
+
+    The command line wins. An option that neither sets is None. Raises ValueError.
+    """
     options = command.parse(argv)
     if not options.ckpt:
         raise ValueError(f"--ckpt is needed (or --tuned): {TUNED_HELP}")
@@ -146,12 +164,18 @@ def read(command: Command[OptionsT], argv: Sequence[str] | None) -> OptionsT:
 
 
 def varied(options: EvalOptions, changes: Mapping[str, Any], models: Sequence[TunedModel]) -> EvalRequest:
-    """The request of what `read` has read, with changes. Raises ValueError as `parse`."""
+    """A request from options that `read` has read, with changes.
+
+    Raises ValueError as `parse` does.
+    """
     return request_of(complete(replace(options, **changes)), models)
 
 
 def complete(options: OptionsT) -> OptionsT:
-    """The same options, with the run's own settings where there were none. Raises ValueError."""
+    """The same options, with the run's own settings for missing ones.
+
+    Raises ValueError.
+    """
     from rlg.io.run_folder import run_settings
 
     if len(options.ckpt) > 1 and not options.is_blend:
@@ -165,13 +189,16 @@ def complete(options: OptionsT) -> OptionsT:
     if options.is_blend and options.reward is None and all("reward" in row for row in settings):
         settings[0]["reward"] = tuple(dict.fromkeys(name for row in settings for name in row["reward"]))
     if options.prompts or not has_columns(settings[0].get("prompts", "")):
-        settings[0].pop("prompt_column", None)  # of the training prompts alone
+        settings[0].pop("prompt_column", None)  # it belongs to the training prompts
     own = {name: value for name, value in settings[0].items() if getattr(options, name) is None}
     return replace(options, **own)
 
 
 def _check_servers(option: str, names: Sequence[str]) -> None:
-    """Raise ValueError for a reward on another machine that a checkpoint names: images and a token would go there."""
+    """Raise ValueError if a checkpoint names a reward on another machine.
+
+    Images and a token would be sent there.
+    """
     for name in names:
         host = urlsplit(name.partition("=")[2]).hostname
         if host and host not in _LOOPBACK:
@@ -182,12 +209,15 @@ def _check_servers(option: str, names: Sequence[str]) -> None:
 
 
 def given_of(options: EvalOptions, names: Sequence[str]) -> list[str]:
-    """Those of some options that are given."""
+    """The names of those options that are set."""
     return [name for name in names if getattr(options, name) is not None]
 
 
 def models_of(options: EvalOptions) -> list[TunedModel]:
-    """The models of --ckpt and then of --morl, each found once. Raises ValueError for one that is not there."""
+    """The models of --ckpt and then of --morl, each resolved once.
+
+    Raises ValueError for a model that does not exist.
+    """
     from rlg.models.tuned_model import resolve
 
     paths = [*options.ckpt, *(options.morl or ())]
@@ -196,7 +226,10 @@ def models_of(options: EvalOptions) -> list[TunedModel]:
 
 
 def request_of(options: EvalOptions, models: Sequence[TunedModel]) -> EvalRequest:
-    """The request of completed options, with their `models_of`. Raises ValueError for what does not fit together."""
+    """The request of completed options and their `models_of`.
+
+    Raises ValueError for options that do not fit together.
+    """
     from rlg.models.loading import base_of
 
     if options.log_adapter and options.report_to == "none":
@@ -235,15 +268,15 @@ def request_of(options: EvalOptions, models: Sequence[TunedModel]) -> EvalReques
 
 
 def _check_pair(experts: Sequence[TunedModel], morl: Sequence[TunedModel], rewards: Sequence[str]) -> None:
-    from rlg.evaluation.blend import check_pair  # which loads torch
+    from rlg.evaluation.blend import check_pair  # it loads torch
 
     check_pair(experts, morl, rewards)
 
 
 def settings_of(options: EvalOptions, full: bool) -> EvalSettings:
-    """The settings that decide the rows. full: the tuned model is a full network.
+    """The settings that decide the rows.
 
-    Raises ValueError for values that make no evaluation.
+    full: the tuned model is a full network. Raises ValueError for values that make no evaluation.
     """
     from rlg.evaluation.evaluator import EvalSettings, methods_of
     from rlg.guidance.weight_schedule import WeightSchedule
@@ -280,7 +313,10 @@ def _blend_settings(options: EvalOptions, common: dict[str, Any]) -> BlendSettin
 
 
 def _goal(options: EvalOptions, settings: EvalSettings) -> Goal | None:
-    """What w is chosen by, if it is. Raises ValueError for a goal that does not go with the other options."""
+    """The goal that w is chosen for, or None.
+
+    Raises ValueError for a goal that does not fit the other options.
+    """
     given = given_of(options, GOALS)
     if not given:
         return None

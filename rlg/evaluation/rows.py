@@ -1,4 +1,7 @@
-"""Evaluation rows: the lines of scores.jsonl, read and checked, and their pairs of one noise."""
+"""Evaluation rows: the lines of scores.jsonl.
+
+They are checked when they are read, and paired by their noise.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ from rlg.io.parsing import parse_json
 OPTIONAL = ("kl", "diversity", "log_weight")  # numbers that a row may lack
 
 
-@dataclass(frozen=True, slots=True)  # a report holds all rows of an evaluation
+@dataclass(frozen=True, slots=True)  # slots save memory, because a report holds all rows of an evaluation
 class Row:
     """One scored image: a line of scores.jsonl."""
 
     prompt_id: int
     prompt: str
     tag: str | None
-    k: int  # which of the prompt's images; (prompt_id, k, seed) fixes the initial noise
+    k: int  # index among the prompt's images; (prompt_id, k, seed) decides the initial noise
     seed: int
-    w: float  # guidance weight, to the 6 digits of an image's file name; of a blend, the last expert's weight in it
+    w: float  # guidance weight, with the 6 digits of an image's file name; for a blend, the last expert's weight
     sampler: str  # one of KERNELS
     method: str  # one of METHODS; the base is "rlg" at w=0, the tuned model "rlg" at w=1
     rewards: dict[str, float]
@@ -34,18 +37,22 @@ class Row:
     diversity: float | None
     nfe: int  # network evaluations spent on the image
     seconds: float
-    log_weight: float | None = None  # of the corrector, in nats, where guidance kept it; absent from older files
+    log_weight: float | None = None  # the corrector's weight in nats, if guidance kept it; older files lack it
 
     @property
     def noise(self) -> tuple[int, int, int]:
-        """What two rows share when they started from the same prompt and noise."""
+        """The key of a row's prompt and noise.
+
+        Rows with the same key started from the same noise.
+        """
         return self.prompt_id, self.k, self.seed
 
     @classmethod
     def from_json(cls, record: Any) -> Row:
-        """Check a decoded line of scores.jsonl; keys that are not fields are ignored.
+        """A row from a decoded line of scores.jsonl.
 
-        Raises ValueError for a missing field, a wrong type, NaN or infinity, or an unknown method or sampler.
+        Keys that are not fields are ignored. Raises ValueError for a missing field, a wrong type, NaN or infinity, or
+        an unknown method or sampler.
         """
         if not isinstance(record, dict):
             raise ValueError(f"expected an object, got {type(record).__name__}")
@@ -73,7 +80,7 @@ class Row:
 def _text(record: Mapping[str, Any], name: str) -> str:
     if not isinstance(record[name], str):
         raise ValueError(f"{name} must be a string, got {record[name]!r}")
-    return sys.intern(record[name])  # a prompt has many rows, and they hold it once
+    return sys.intern(record[name])  # the rows of a prompt share one string
 
 
 def _choice(record: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
@@ -90,7 +97,7 @@ def _number(record: Mapping[str, Any], name: str) -> float:
 
 
 def _integer(record: Mapping[str, Any], name: str) -> int:
-    if type(record[name]) is not int:  # neither True nor 1.0
+    if type(record[name]) is not int:  # True and 1.0 are refused as well
         raise ValueError(f"{name} must be an integer, got {record[name]!r}")
     return record[name]
 
@@ -98,10 +105,10 @@ def _integer(record: Mapping[str, Any], name: str) -> int:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a scores.jsonl, in file order.
 
-    A last line without its newline that does not parse was cut off by a crash: it is left out with a warning. Raises
-    ValueError with the file and the line for any other bad or repeated line, and for a file without rows.
+    A crash may have cut off the last line. If it has no newline and does not parse, it is left out with a warning.
+    Raises ValueError with the file and the line for any other bad or repeated line, and for a file without rows.
     """
-    with path.open("rb") as lines:  # line by line: the bytes of all take as much as their rows
+    with path.open("rb") as lines:  # lines are read one by one, because all bytes need as much memory as the rows
         return _rows_of(path, lines)
 
 
@@ -131,9 +138,10 @@ def _rows_of(path: Path, lines: Iterable[bytes]) -> list[Row]:
 
 
 def pair(rows: Sequence[Row], reference: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """(row, its partner in the reference) for rows with the same prompt, k and seed, in the order of `rows`.
+    """Pairs of rows with the same prompt, k and seed.
 
-    Rows without a partner are left out. Raises ValueError when two rows of the reference start from the same noise.
+    Each pair is (row, its partner in the reference), in the order of `rows`. Rows without a partner are left out.
+    Raises ValueError when two rows of the reference have the same noise.
     """
     partner = {row.noise: row for row in reference}
     if len(partner) < len(reference):

@@ -1,8 +1,8 @@
-"""The content of summary.json: what rows come to at each w, from which w on a reward falls, and where it is highest.
+"""The content of summary.json, computed from rows.
 
-A point is a (method, w). Its difference and its win rate against the tuned model (guidance at w=1) and the base (w=0)
-are paired over the same prompt, k and seed. Where many w are looked at, they are judged together (`stats.family`); a w
-that was chosen on some prompts is reported on others.
+A point is a (method, w). Its difference and its win rate against the tuned model (guidance at w = 1) and the base (w =
+0) are paired over the same prompt, k and seed. Many w are judged together (`stats.family`). A w that is chosen on some
+prompts is reported on others.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from rlg.evaluation.methods import CORRECTED, RLG
 from rlg.evaluation.rows import Row, pair
 from rlg.stats import Estimate, Family, ess, family, grouped_mean, normalised, paired_difference, win_rate
 
-FORMAT = 2  # of summary.json and of rows: since 2 the key `method`, which was `mode`
+FORMAT = 2  # format of summary.json and of rows; 2 renamed the key `mode` to `method`
 
 
 def summarise(rows: Sequence[Row], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of summary.json: a point for each (method, w), sorted; null where there is nothing to say.
+    """The content of summary.json.
 
-    Raises ValueError for rows of several samplers or of differing rewards: their means would not be comparable.
+    It has a point for each (method, w), sorted. An unknown value is null. Raises ValueError for rows with several
+    samplers or different rewards, because their means are not comparable.
     """
     samplers = sorted({row.sampler for row in rows})
     if len(samplers) > 1:
@@ -55,7 +56,10 @@ def summarise(rows: Sequence[Row], meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_base(meta: Mapping[str, Any]) -> bool:
-    """Whether w = 0 is the base: under a schedule of w that is not constant, some steps are the tuned model's."""
+    """Tell whether w = 0 is the base.
+
+    Under a schedule of w that is not constant, some steps are the tuned model's.
+    """
     return meta.get("schedule", "constant") == "constant"
 
 
@@ -66,7 +70,7 @@ def _point(rows: Sequence[Row], references: Mapping[str, Sequence[Row]]) -> dict
             lonely = f"{len(rows) - len(matched)} of {len(rows)} images"
             warnings.warn(f"{rows[0].method} w={rows[0].w:g}: {lonely} have no {name} partner", stacklevel=3)
     share = effective_share(rows)
-    corrected = rows[0].method == CORRECTED  # older files give it a path KL, which resampling has made that of no path
+    corrected = rows[0].method == CORRECTED  # older files give a path KL here, but resampled images have no path
     return {
         "w": rows[0].w,
         "method": rows[0].method,
@@ -111,7 +115,10 @@ def _mean(rows: Sequence[Row], reward: str) -> Estimate:
 
 
 def difference(matched: Sequence[tuple[Row, Row]], reward: str) -> Estimate | None:
-    """Of a reward between the rows of pairs; None without pairs."""
+    """The mean difference of a reward over pairs of rows.
+
+    It is None without pairs.
+    """
     return paired_difference(*columns_of(matched, reward)) if matched else None
 
 
@@ -120,7 +127,7 @@ def _wins(matched: Sequence[tuple[Row, Row]], reward: str) -> Estimate | None:
 
 
 def columns_of(matched: Sequence[tuple[Row, Row]], reward: str) -> tuple[list[float], list[float], list[int]]:
-    """A reward of both sides of pairs, and their prompts."""
+    """A reward on both sides of pairs, and the pairs' prompts."""
     sides = ([row.rewards[reward] for row in side] for side in zip(*matched, strict=True))
     return (*sides, [row.prompt_id for row, _ in matched])
 
@@ -134,7 +141,10 @@ def _known_mean(rows: Sequence[Row], field: str) -> Estimate | None:
 
 
 def compared(sweep: Mapping[float, Sequence[Row]], reward: str) -> tuple[list[tuple[float, float]], Family] | None:
-    """Every two w of a sweep, the smaller first, and the differences of the larger to it; None without a pair."""
+    """Paired differences of every two w of a sweep.
+
+    Each is the larger w minus the smaller. The result is None without a pair.
+    """
     found = {
         (low, high): matched
         for low, high in combinations(sorted(sweep), 2)
@@ -147,11 +157,12 @@ def compared(sweep: Mapping[float, Sequence[Row]], reward: str) -> tuple[list[tu
 
 
 def first_fall(sweep: Mapping[float, Sequence[Row]], reward: str) -> dict[str, Any] | None:
-    """The first w >= 0 at which a reward is surely lower than at a smaller one; None if it never is.
+    """The first w >= 0 at which a reward surely falls.
 
-    The guard against reward hacking: of a reward that was not trained on, it says how far w may go. All pairs of w are
-    judged together, so that a reward that is flat is said to fall in 2.5% of sweeps, whatever their number of w. The
-    difference is the largest of those that are sure, with its simultaneous 95% interval.
+    It is lower there than at some smaller w. None means that there is no such w. For a reward that was not trained on,
+    this limits w as a guard against reward hacking. All pairs of w are judged together. A flat reward therefore
+    appears to fall in 2.5% of sweeps, for any number of w. The difference is the largest of the sure ones, with its
+    simultaneous 95% interval.
     """
     found = compared({w: rows for w, rows in sweep.items() if w >= 0}, reward)
     if found is None:
@@ -166,7 +177,10 @@ def first_fall(sweep: Mapping[float, Sequence[Row]], reward: str) -> dict[str, A
 
 
 def perhaps_best(sweep: Mapping[float, Sequence[Row]], reward: str) -> tuple[float, float]:
-    """The least and the largest w that no other w surely beats: the best is between them in 95% of sweeps."""
+    """The least and the largest w that may be the best.
+
+    No other w surely beats them. The best w lies between them in 95% of sweeps.
+    """
     pairs, judged = compared(sweep, reward) or ([], None)
     beaten = {low if judged.mean_P[p] > 0 else high for p, (low, high) in enumerate(pairs) if judged.sure_P[p]}
     left = sorted(set(sweep) - beaten)
@@ -175,18 +189,24 @@ def perhaps_best(sweep: Mapping[float, Sequence[Row]], reward: str) -> tuple[flo
 
 @dataclass(frozen=True)
 class Best:
-    """The w of the highest mean, chosen on every other prompt and reported on those between."""
+    """The w of the highest mean.
+
+    It is chosen on every other prompt, and reported on the prompts between.
+    """
 
     w: float
     mean: Estimate
-    delta: Estimate | None  # to the reference, paired; None at the reference, and without one
+    delta: Estimate | None  # paired difference to the reference; None at the reference, and without one
     win: Estimate | None
-    n: int  # images behind `mean`
-    between: tuple[float, float]  # `perhaps_best`, of all prompts
+    n: int  # number of images of `mean`
+    between: tuple[float, float]  # `perhaps_best` on all prompts
 
 
 def best_w(sweep: Mapping[float, Sequence[Row]], reward: str, reference: Sequence[Row] = ()) -> Best | None:
-    """Where a reward is highest along w; None with fewer than two prompts, which leave none to report on."""
+    """The w at which a reward is highest.
+
+    It is None with fewer than two prompts, because none would be left to report on.
+    """
     prompts = sorted({row.prompt_id for rows in sweep.values() for row in rows})
     chosen_on, reported_on = (set(prompts[start::2]) for start in (0, 1))
     there = {w: [row for row in rows if row.prompt_id in chosen_on] for w, rows in sweep.items()}
@@ -211,18 +231,22 @@ def best_w(sweep: Mapping[float, Sequence[Row]], reward: str, reference: Sequenc
 
 @dataclass(frozen=True)
 class Share:
-    """The effective share of K images, which cannot fall under 1/K and is larger than that of the law."""
+    """The effective share of K images.
+
+    It is at least 1/K, and its mean is larger than the share of the law.
+    """
 
     mean: float
-    at_most: float  # upper end of its interval: the share of the law is under it in at least 95%
-    largest: float  # the heaviest image's part of all weights, mean over prompts
-    k: int  # the fewest images that were compared
+    at_most: float  # upper end of its interval: the law's share is lower in at least 95% of cases
+    largest: float  # the heaviest image's part of all weights, as a mean over prompts
+    k: int  # smallest number of images that were compared
 
 
 def effective_share(rows: Sequence[Row]) -> Share | None:
-    """Mean over prompts of (sum W)^2 / (K sum W^2), W the corrector's weights of a prompt's K images at one w.
+    """Mean over prompts of `(sum W)^2 / (K sum W^2)`.
 
-    1: guidance samples what w claims; 1/K: one image in K stands for all. None where weights are unknown or K is 1.
+    W are the corrector's weights of a prompt's K images at one w. 1 means that guidance samples what w claims. 1/K
+    means that one image in K stands for all. The share is None where weights are unknown, or K is 1.
     """
     groups: dict[tuple[int, int], list[float]] = defaultdict(list)
     for row in rows:

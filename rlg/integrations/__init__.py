@@ -1,1 +1,1 @@
-"""Guidance inside other people's pipelines."""
+"""`rlg.apply`: guidance inside a diffusers pipeline."""

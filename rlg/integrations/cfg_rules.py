@@ -1,19 +1,19 @@
-"""Pipelines whose classifier-free guidance (CFG) is not linear in what the denoiser returns.
+"""Pipelines whose classifier-free guidance (CFG) is not linear.
 
-With a linear rule, guidance of each output of the denoiser is guidance of the two whole updates. A rule that rescales
-or projects is applied to the guided outputs instead, which is another function: w = 0 and w = 1 are still base and
-tuned model. Names and defaults are those of diffusers 0.42.
+If CFG is linear in the denoiser's outputs, then guidance of each output is guidance of the two whole updates. A rule
+that rescales or projects is applied to the guided outputs instead, which is another function. w = 0 and w = 1 are
+still base and tuned model. Names and defaults are those of diffusers 0.42.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_BY_DEFAULT = (  # beginnings of pipelines' names
-    "AceStep",  # projects the difference, and limits its norm
-    "HunyuanImagePipeline",  # a guider, which projects
+_BY_DEFAULT = (  # prefixes of pipelines' names
+    "AceStep",  # it projects the difference, and limits its norm
+    "HunyuanImagePipeline",  # its guider projects
     "JoyImage",
-    "LEditsPP",  # keeps the largest differences
+    "LEditsPP",  # it keeps the largest differences
     "LongCatImage",
     "LTX2Condition",
     "LTX2ImageToVideo",
@@ -24,7 +24,7 @@ _BY_DEFAULT = (  # beginnings of pipelines' names
     "QwenImage",
 )
 _LINEAR_BY_DEFAULT = ("QwenImage21", "QwenImageLayered")
-_OPTIONS = ("_guidance_rescale", "_audio_guidance_rescale", "_cfg_normalization")  # as pipelines keep them in a call
+_OPTIONS = ("_guidance_rescale", "_audio_guidance_rescale", "_cfg_normalization")  # pipelines set these in a call
 _WHAT = (
     "which is then not linear: the rule is applied to the guided outputs, not to base and tuned model apart "
     "(docs/adapters.md)"
@@ -32,7 +32,7 @@ _WHAT = (
 
 
 def by_default(pipe: Any) -> str | None:
-    """A warning for a pipeline whose rule is not linear, as it stands."""
+    """A warning for a pipeline whose default rule is not linear."""
     name = type(pipe).__name__
     if not name.startswith(_BY_DEFAULT) or name.startswith(_LINEAR_BY_DEFAULT):
         return None
@@ -40,7 +40,10 @@ def by_default(pipe: Any) -> str | None:
 
 
 def in_this_call(pipe: Any) -> str | None:
-    """A warning where the running call of a pipeline has turned such a rule on, as far as the pipeline says."""
+    """A warning if the running call has turned such a rule on.
+
+    It looks at the attributes that the pipeline keeps during a call.
+    """
     if getattr(pipe, "do_classifier_free_guidance", True) is False or by_default(pipe):
         return None
     on = next((option for option in _OPTIONS if getattr(pipe, option, None)), None)

@@ -1,13 +1,15 @@
-"""A slider on a diffusers pipeline: `guide = rlg.apply(pipe, "adapter"); guide.scale = 1.6; pipe("...")`.
+"""A slider on a diffusers pipeline.
+
+    guide = rlg.apply(pipe, "adapter"); guide.scale = 1.6; pipe("...")
 
 The pipeline's denoiser is called twice, as base and as tuned model, and returns
 
     guided = base + w (tuned - base)
 
-Where a pipeline's classifier-free guidance is linear in the denoiser's outputs, as it nearly always is, this equals
-guidance of the two whole updates, for every scheduler that clips nothing. Where it is not (Qwen-Image's rescaling,
-`guidance_rescale`; see `rlg.integrations.cfg_rules`), the pipeline's rule is applied to the guided outputs.
-docs/adapters.md says what is tested with what.
+The classifier-free guidance of nearly all pipelines is linear in the denoiser's outputs. There, this equals guidance
+of the two whole updates, for every scheduler that clips nothing. Other pipelines apply their rule to the guided
+outputs (Qwen-Image's rescaling, `guidance_rescale`; see `rlg.integrations.cfg_rules`). docs/adapters.md says what is
+tested with what.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from rlg.models import adapter_files, full_networks, lora
 from rlg.models.backbones.networks import DENOISERS, call_of
 from rlg.models.tuned_model import TunedModel, resolve
 
-_BESIDE = "rlg"  # an adapter's name where the network carries others
+_BESIDE = "rlg"  # name of an adapter beside others
 
 OneTuned = str | Path | TunedModel
 Tuned = OneTuned | Mapping[str, OneTuned]
@@ -41,8 +43,8 @@ Tuned = OneTuned | Mapping[str, OneTuned]
 class Guide:
     """Reinforcement Learning Guidance on a pipeline.
 
-    `scale` and `schedule` may be changed between calls; `remove()` takes the guide off, `unload()` the adapter too.
-    In a `with` statement it is unloaded at the end.
+    `scale` and `schedule` may be changed between calls. `remove()` takes the guide off, and `unload()` the adapter as
+    well. A `with` statement unloads the guide at its end.
     """
 
     def __init__(self, pipe: Any, guided_networks: Sequence[GuidedNetwork], label: str, mode: str = FULL):
@@ -65,7 +67,10 @@ class Guide:
 
     @property
     def scale(self) -> Weight:
-        """w: a number, one an image, or a function of the network's time that returns either."""
+        """The weight w.
+
+        It is a number, one number an image, or a function of the network's time that returns either.
+        """
         return self._scale
 
     @scale.setter
@@ -74,7 +79,10 @@ class Guide:
 
     @property
     def schedule(self) -> str:
-        """How much of w - 1 each step gets, by name: one of `rlg.choices.SCHEDULES`."""
+        """The schedule of w over the steps, by name.
+
+        It is one of `rlg.choices.SCHEDULES`, and says how much of w - 1 each step gets.
+        """
         return str(self._schedule)
 
     @schedule.setter
@@ -87,12 +95,18 @@ class Guide:
         return {network.name: network.bare for network in self._networks}
 
     def remove(self) -> None:
-        """Take the guide off: an adapter stays attached, at w = 1; of a full network the base remains."""
+        """Take the guide off the pipeline.
+
+        An adapter stays attached, at w = 1. Of a full network, only the base remains.
+        """
         for network in self._networks:
             network.remove()
 
     def unload(self) -> None:
-        """Take the guide off, and what was attached for it: the pipeline is what it was before `rlg.apply`."""
+        """Take off the guide and what `rlg.apply` has attached.
+
+        The pipeline is then as it was before.
+        """
         self.remove()
         for network in self._networks:
             network.switch.release()
@@ -126,7 +140,10 @@ class Guide:
             return guided_outputs.lerp(base, tuned, w)
 
     def _check_call(self, kwargs: dict[str, Any]) -> None:
-        """Warn once of a rule of CFG that is not linear. Raises ValueError for a call whose passes share a memory."""
+        """Warn once if the pipeline's CFG rule is not linear.
+
+        Raises ValueError for a call whose two passes would share a memory.
+        """
         if isinstance(self._scale, float) and self._scale in (0.0, 1.0):
             return
         guided_outputs.check_no_memory(kwargs)
@@ -135,13 +152,19 @@ class Guide:
             warnings.warn(warning, stacklevel=2)
 
     def _turn(self, args: Any, kwargs: Any) -> tuple[int, bool]:
-        """(step of this call of the pipeline, whether it is its first), where anything depends on it."""
+        """The step of this call, and whether it begins a run.
+
+        They are only looked up if the schedule or a mode needs them.
+        """
         if self.schedule == CONSTANT and not self._modes:
             return 0, False
         return self._steps.turn(_time(args, kwargs))
 
     def _weight(self, step: int, args: Any, kwargs: Any) -> float | Tensor:
-        """w of a call: a number, or a weight for each row of the denoiser's batch."""
+        """The w of a call: a number, or one for each row.
+
+        The rows are those of the denoiser's batch.
+        """
         w = as_weight(self._scale(_time(args, kwargs))) if callable(self._scale) else self._scale
         assert not callable(w)
         if self.schedule != CONSTANT:
@@ -153,19 +176,28 @@ class Guide:
         return float(rows[0]) if bool((rows == rows[0]).all()) else rows
 
     def _branches(self) -> tuple[int, ...]:
-        """How many rows an image may have in the denoiser's batch, as far as the pipeline says."""
-        with_cfg = getattr(self.pipe, "do_classifier_free_guidance", None)  # known once the pipeline has been called
+        """Numbers of rows that an image may have in the denoiser's batch.
+
+        It is empty if the pipeline says that its CFG is off.
+        """
+        with_cfg = getattr(self.pipe, "do_classifier_free_guidance", None)  # unknown before the first call
         return () if with_cfg is False else guided_outputs.BRANCHES
 
 
 def _batch(args: Any, kwargs: Any) -> int:
-    """Rows of a call of a denoiser: of its first tensor, or of its first list of tensors."""
+    """The number of rows in a denoiser's call.
+
+    It is the length of its first tensor, or of its first list of tensors.
+    """
     value = next(each for each in (*args, *kwargs.values()) if isinstance(each, (Tensor, list)))
     return len(value)
 
 
 def _time(args: Any, kwargs: Any) -> float:
-    """The time that a denoiser is told; of several, as where the first frame is given and has time 0, the latest."""
+    """The time that a denoiser is given.
+
+    Of several times it is the latest, because a given first frame has time 0.
+    """
     named = next((kwargs[name] for name in ("timestep", "timesteps") if name in kwargs), None)
     time = named if named is not None else args[1] if len(args) > 1 else None
     if time is None:
@@ -183,18 +215,19 @@ def apply(
     schedule: str = CONSTANT,
     denoisers: Sequence[str] | None = None,
 ) -> Guide:
-    """Attach a tuned model to a diffusers pipeline and guide it with w = `scale`.
+    """Attach a tuned model to a diffusers pipeline and guide it.
 
-    tuned: one of our checkpoints, a PEFT folder, a diffusers or kohya LoRA file, or a full fine-tuned network (its
-    folder, or a pipeline's), by path or hub id, in safetensors. A full one is a second set of weights; what the two
-    take is printed. A pipeline of several denoisers needs one each: {"transformer": ..., "transformer_2": ...}.
-    adapters: in place of `tuned`, names of adapters that the pipeline has loaded already; they alone are switched.
-    scale: a number, one an image, or a function of t.
-    mode: a cheaper way to run guidance, of `rlg.guidance.modes`; see `rlg.integrations.diffusers_modes` for which.
-    schedule: how much of w - 1 each step gets, by name; see `rlg.guidance.weight_schedule`.
-    denoisers: the networks to guide, by the pipeline's names (all of them); the others run as they are.
-    Raises ValueError if an argument is unknown or does not fit, the pipeline has no denoiser or is guided already, or
-    the tuned model is missing, damaged or made for another base.
+    tuned: a checkpoint of this project, a PEFT folder, a diffusers or kohya LoRA file, or a full fine-tuned network
+    (its folder, or a pipeline's). It is given by path or hub id, in safetensors. A full network is a second set of
+    weights, and the memory of both is printed. A pipeline of several denoisers needs one model each: {"transformer":
+    ..., "transformer_2": ...}.
+    adapters: instead of `tuned`, names of adapters that the pipeline has loaded already. Only these are switched.
+    scale: the weight w as a number, one number an image, or a function of t.
+    mode: a cheaper way to run guidance (`rlg.guidance.modes`). `rlg.integrations.diffusers_modes` says which ones run.
+    schedule: how much of w - 1 each step gets, by name (`rlg.guidance.weight_schedule`).
+    denoisers: the networks to guide, by the pipeline's names. The default is all of them, and others run unchanged.
+    Raises ValueError if an argument is unknown or does not fit, if the pipeline has no denoiser or is guided already,
+    or if the tuned model is missing, damaged or made for another base.
     """
     weight, parsed = as_weight(scale), WeightSchedule.parse(schedule)
     chosen = _chosen(pipe, denoisers)
@@ -230,7 +263,10 @@ def _chosen(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:
 
 
 def _sources(tuned: Tuned | None, names: Sequence[str] | None, chosen: list[str]) -> dict[str, TunedModel | None]:
-    """The model that tunes each denoiser, or None for adapters that are there."""
+    """The model that tunes each denoiser.
+
+    It is None for adapters that the pipeline has loaded already.
+    """
     if (tuned is None) == (names is None) or isinstance(names, str) or names == []:
         raise ValueError('give what is tuned, or the names of loaded adapters as a list: adapters=["NAME"]')
     if tuned is None:
@@ -249,7 +285,10 @@ def _sources(tuned: Tuned | None, names: Sequence[str] | None, chosen: list[str]
 
 
 def _check_free(pipe: Any, name: str) -> None:
-    """Raise ValueError if a network is guided; a guide whose adapter was unloaded is taken off."""
+    """Raise ValueError if a network is guided already.
+
+    A guide whose adapter was unloaded is removed instead.
+    """
     before = guided(getattr(pipe, name))
     if before is None:
         return
@@ -274,7 +313,10 @@ def _attached(pipe: Any, name: str, model: TunedModel) -> Switch:
 
 
 def _by_name(pipe: Any, name: str, names: Sequence[str]) -> Switch:
-    """The switch of adapters that are there. Raises ValueError if one is not, or changes another part as well."""
+    """The switch of adapters that are loaded already.
+
+    Raises ValueError if one is not loaded, or also changes another part.
+    """
     network = lora.unwrapped(getattr(pipe, name))
     for each in names:
         if not lora.carrying(network, [each]):

@@ -1,9 +1,9 @@
-"""The modes of `rlg.guidance.modes` around a pipeline's own denoiser, which sees neither prompts nor branches of CFG.
+"""The modes of `rlg.guidance.modes` around a pipeline's own denoiser.
 
-A mode goes through the steps of the pipeline's scheduler in turn, and begins anew with each call of the pipeline. Left
-out is what needs more than the denoiser's call: noise of each sample (random), the branches of CFG (conditional). A
-schedule of w takes the place of `interval`. `full+batch` runs for networks whose arguments are known to have the batch
-as their first dimension.
+A mode goes through the steps of the pipeline's scheduler in order, and starts again with each call of the pipeline.
+Some modes need more than the denoiser's call, and do not run: `random` needs the noise of each sample, and
+`conditional` the branches of CFG. Instead of `interval`, a schedule of w is used. `full+batch` runs for networks whose
+arguments are known to have the batch as their first dimension.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from rlg.models import lora
 from rlg.models.backbones.networks import call_of
 
 KINDS = (FULL, TUNED, REUSE, REUSE_AT, SCALED, SCALED_BUT)
-_COUNTING = (REUSE, REUSE_AT, SCALED_BUT)  # modes that treat some steps otherwise
+_COUNTING = (REUSE, REUSE_AT, SCALED_BUT)  # modes that do not treat all steps alike
 
 
 def parse(text: str, full_network: bool) -> Mode:
-    """A mode that a pipeline can run. Raises ValueError for any other, and for a LoRA's on a full network."""
+    """A mode that a pipeline can run.
+
+    Raises ValueError for any other, and for a mode that scales a LoRA on a full network.
+    """
     mode = Mode.parse(text)
     if mode.kind not in KINDS or (mode.one_batch and mode.kind != FULL):
         known = ", ".join((*KINDS, FULL + BATCH))
@@ -40,7 +43,10 @@ def parse(text: str, full_network: bool) -> Mode:
 
 
 def check_network(mode: Mode, network: GuidedNetwork, alone: bool) -> None:
-    """Raise ValueError where a mode does not run on a network; `alone`: it is the pipeline's only guided one."""
+    """Raise ValueError where a mode does not run on a network.
+
+    alone: this is the only guided network of the pipeline.
+    """
     if not alone and mode.kind in _COUNTING:
         raise ValueError(f"mode {mode} follows the calls of one denoiser, and several are guided; use mode {FULL}")
     if mode.one_batch and not call_of(network.bare).stacks:
@@ -49,7 +55,10 @@ def check_network(mode: Mode, network: GuidedNetwork, alone: bool) -> None:
 
 
 def in_one_batch(network: GuidedNetwork, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """(base output, tuned output) of one pass of twice the batch: the same function, to rounding."""
+    """`(base output, tuned output)` of one pass of twice the batch.
+
+    The outputs equal those of two passes up to rounding.
+    """
     rows = len(guided_outputs.first((args, kwargs)))
     factor_N = torch.arange(2.0).repeat_interleave(rows)
 
@@ -68,12 +77,15 @@ def in_one_batch(network: GuidedNetwork, args: Any, kwargs: Any) -> tuple[Any, A
 
 @dataclass(frozen=True)
 class Passes:
-    """What `Trajectory` asks of `guidance_modes.Models`, for one call of the denoiser; outputs are fp32 tensors."""
+    """The part of `modes.Models` that `Trajectory` uses, for one call.
+
+    Outputs are fp32 tensors.
+    """
 
     network: GuidedNetwork
     args: Any
     kwargs: Any
-    made: list[Any] = field(default_factory=list)  # outputs as the denoiser gives them
+    made: list[Any] = field(default_factory=list)  # outputs in the denoiser's own form
 
     def base(self, *_: object) -> Tensor:
         """The base model's output."""
@@ -84,7 +96,7 @@ class Passes:
         return self._kept(self.network.tuned(self.args, self.kwargs))
 
     def both(self, *_: object) -> tuple[Tensor, Tensor]:
-        """(base output, tuned output)."""
+        """`(base output, tuned output)`."""
         return self.base(), self.tuned()
 
     def scaled(self, factor: float, *_: object) -> Tensor:
@@ -111,10 +123,11 @@ class PipelineMode:
         self._trajectory: Trajectory | None = None
 
     def __call__(self, w: float | Tensor, args: Any, kwargs: Any, step: int, begins: bool) -> Any:
-        """The guided output of one call of the denoiser, in the form of the denoiser's own output.
+        """The guided output of one call of the denoiser.
 
-        Raises ValueError for a scheduler or pipeline that calls the network several times a step, unless the mode
-        takes every call alike; for several w where the LoRA is scaled; and for steps that there are not.
+        It has the form of the denoiser's own output. Raises ValueError for several w where the LoRA is scaled, and for
+        steps that do not exist. If a scheduler or pipeline calls the network several times a step, only a mode that
+        treats all calls alike runs; others raise ValueError.
         """
         passes = Passes(self.network, args, kwargs)
         x = guided_outputs.first((args, kwargs))

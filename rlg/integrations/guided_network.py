@@ -1,11 +1,9 @@
-"""One network of a pipeline, called in its base and its tuned state in turn, whatever else is attached to it.
+"""A network of a pipeline, guided by its class.
 
-What stands around the network is put on its *class*: the module gets a subclass of its own (of the same name) whose
-`__call__` asks the guide. Whatever replaces `forward` is then inside: accelerate's and diffusers' offloading hooks,
-caches, compiled blocks. None of them can take the guide away by restoring the forward that it found, and the guide,
-when it goes, takes none of them. Everything that acts inside the network acts in both passes.
-
-Two states differ in LoRA adapters of given names (`LoraSwitch`) or in all weights (`WeightSwap`).
+The module gets a subclass of its own class (of the same name), whose `__call__` asks the guide. All that replaces
+`forward` lies inside: offloading hooks of accelerate and diffusers, caches, compiled blocks. When these restore a
+forward, the guide stays, and when the guide goes, they stay. Everything inside the network acts in both passes. Base
+and tuned model differ in LoRA adapters of given names (`LoraSwitch`) or in all weights (`WeightSwap`).
 """
 
 from __future__ import annotations
@@ -21,48 +19,57 @@ from torch import Tensor, nn
 from rlg.integrations.step_caches import StepCaches
 from rlg.models import lora
 
-_KEY = "_rlg_guided"  # in the module's __dict__, as it is no submodule
+_KEY = "_rlg_guided"  # key in the module's __dict__, because the value is no submodule
 BASE, TUNED = "base", "tuned"
 
 
 class Switch(Protocol):
-    """How the network becomes base or tuned model, and back."""
+    """Protocol for turning the network into base or tuned model."""
 
     def state(self, tuned: bool) -> Any:
-        """A context in which the network is the one or the other. Raises ValueError if it can't be."""
+        """A context in which the network is the base or tuned model.
+
+        Raises ValueError if that is not possible.
+        """
 
     def release(self) -> None:
-        """Give back what was attached for this switch."""
+        """Remove all that was attached for this switch."""
 
 
 class LoraSwitch:
-    """Adapters of these names are on or off; the user's own stay as they are."""
+    """Switch for adapters of given names.
+
+    The user's own adapters stay as they are.
+    """
 
     def __init__(self, network: nn.Module, names: Sequence[str], owned: bool):
         self.network, self.names, self.owned = network, tuple(names), owned
 
     def state(self, tuned: bool) -> Any:
-        """A context in which the adapters are on or off. Raises ValueError if they were unloaded or fused."""
+        """A context in which the adapters are on or off.
+
+        Raises ValueError if they were unloaded or fused.
+        """
         return lora.switched(self.network, self.names, tuned)
 
     def scaled(self, factor: float) -> Any:
-        """A context in which the adapters are on and their updates are multiplied by a factor."""
+        """A context in which the adapters' updates are multiplied by a factor."""
         stack = ExitStack()
         stack.enter_context(self.state(tuned=True))
         stack.enter_context(lora.scaled(self.network, factor, self.names))
         return stack
 
     def release(self) -> None:
-        """Take the adapters off the network, if the guide has attached them and they are still there."""
+        """Take the adapters off, if the guide has attached them."""
         if self.owned:
             for name in self.names:
                 lora.detach(self.network, name)
 
 
 class WeightSwap:
-    """A second set of weights, of a full fine-tuned network, that takes the place of the first for a pass.
+    """Switch between the base's weights and those of a full network.
 
-    The module stays one, so that adapters, attention processors and hooks of the base act in both passes.
+    There is only one module, so that adapters, attention processors and hooks of the base act in both passes.
     """
 
     def __init__(self, network: nn.Module, tuned: nn.Module):
@@ -71,10 +78,10 @@ class WeightSwap:
 
     @contextmanager
     def state(self, tuned: bool) -> Iterator[None]:
-        """Within, the network is the base or the tuned one.
+        """Make the network the base or the tuned model, inside a context.
 
         Raises ValueError where the base's weights are not in the module (sequential offload, offload with a stream),
-        or an adapter is fused into the base alone.
+        and where an adapter is fused into the base alone.
         """
         self._check()
         pairs = self._pairs() if tuned else []
@@ -116,32 +123,38 @@ class GuidedNetwork:
 
     def __init__(self, pipe: Any, name: str, switch: Switch):
         self.pipe, self.name, self.switch = pipe, name, switch
-        self.module: nn.Module = getattr(pipe, name)  # as the pipeline holds it: perhaps torch.compile's wrapper
+        self.module: nn.Module = getattr(pipe, name)  # it may be torch.compile's wrapper
         self.bare = lora.unwrapped(self.module)
         self.caches = StepCaches(self.bare)
         self._plain = type(self.module)
         self._compiled: tuple[Any, Callable[..., Any]] | None = None
 
     def install(self, answer: Callable[[GuidedNetwork, Any, Any], Any]) -> None:
-        """Stand around the network: its calls go to `answer` from now on."""
+        """Send the network's calls to `answer` from now on."""
         self.answer = answer
         vars(self.bare)[_KEY] = vars(self.module)[_KEY] = self
         self.module.__class__ = _guided_class(self._plain)
 
     def remove(self) -> None:
-        """Leave the network as it was found, with all that others have attached since."""
+        """Restore the network's class.
+
+        All that others have attached since stays.
+        """
         if guided(self.bare) is self:
             for module in {self.bare, self.module}:
                 vars(module).pop(_KEY, None)
             self.module.__class__ = self._plain
 
     def run(self, branch: str, args: Any, kwargs: Any) -> Any:
-        """One pass of the network in the state that it is in, on the caches of a branch."""
+        """One pass of the network, on the caches of a branch.
+
+        The network stays in its present state.
+        """
         with self.caches.of(branch):
             return self._call()(*args, **kwargs)
 
     def base(self, args: Any, kwargs: Any) -> Any:
-        """The base's pass."""
+        """The base model's pass."""
         with self.switch.state(tuned=False):
             return self.run(BASE, args, kwargs)
 
@@ -151,7 +164,10 @@ class GuidedNetwork:
             return self.run(TUNED, args, kwargs)
 
     def _call(self) -> Callable[..., Any]:
-        """The call that stands below the guide; compiled, where the pipeline's network was compiled around it."""
+        """The network's call without the guide.
+
+        It is compiled if the pipeline's network was compiled around the guide.
+        """
         plain = partial(self._plain.__call__, self.module)
         wrapper = getattr(self.pipe, self.name, None)
         if wrapper is self.module or getattr(wrapper, "_orig_mod", None) is not self.module:
@@ -161,17 +177,20 @@ class GuidedNetwork:
         return self._compiled[1]
 
     def __deepcopy__(self, memo: Any) -> None:
-        """A copy of a guided network is a plain one."""
+        """Copy a guided network as a plain one."""
 
 
 def guided(network: nn.Module) -> GuidedNetwork | None:
-    """What stands around a network, if anything."""
+    """The guided network around a module, or None."""
     return vars(lora.unwrapped(network)).get(_KEY)
 
 
 @lru_cache
 def _guided_class(plain: type) -> type:
-    """A subclass of a network's class, of the same name, whose instances ask the guide that stands around them."""
+    """A subclass of a network's class whose instances ask their guide.
+
+    It has the same name.
+    """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         around = vars(self).get(_KEY)

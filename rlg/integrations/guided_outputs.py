@@ -1,8 +1,8 @@
-"""What a denoiser takes and returns, in any form: tensors in tuples, dicts, output objects and lists.
+"""Arithmetic on a denoiser's inputs and outputs of any form.
 
-Guidance takes the same combination of every floating-point tensor of an output (video and audio of one model, the
-images of a list). What is no prediction (a mask) must be equal in both passes, and is kept. PyTorch's trees know
-diffusers' output objects.
+They are tensors in tuples, dicts, output objects and lists. Guidance combines every floating-point tensor of an output
+in the same way (video and audio of one model, the images of a list). Any other value, such as a mask, must be equal in
+both passes, and is kept. PyTorch's trees know diffusers' output objects.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-BRANCHES = (2, 3)  # rows of an image under classifier-free guidance in one batch; 3 with perturbed attention as well
+BRANCHES = (2, 3)  # rows an image under classifier-free guidance in one batch; 3 with perturbed attention
 
 
 def lerp(base: Any, tuned: Any, w: float | Tensor) -> Any:
-    """base + w (tuned - base) in fp32, in the form and precision of `tuned`.
+    """`base + w (tuned - base)` in fp32, in the form of `tuned`.
 
-    w: a number, or a weight for each row of the batch or each image, (B,).
-    Raises ValueError where the outputs differ in form, or in something that is no prediction.
+    Its precision is that of `tuned`, too. w: a number, or (B,) a weight for each row of the batch or each image.
+    Raises ValueError where the outputs differ in form, or in a value that is no prediction.
     """
     ours, theirs = _flat(base), _flat(tuned)
     if ours[1] != theirs[1]:
@@ -31,7 +31,10 @@ def lerp(base: Any, tuned: Any, w: float | Tensor) -> Any:
 
 
 def first(out: Any) -> Tensor:
-    """The first tensor of what a denoiser takes or returns. Raises ValueError if there is none."""
+    """The first tensor of a denoiser's inputs or outputs.
+
+    Raises ValueError if there is none.
+    """
     found = next((leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)), None)
     if found is None:
         raise ValueError("the denoiser was called without a tensor")
@@ -39,7 +42,10 @@ def first(out: Any) -> Tensor:
 
 
 def with_first(out: Any, value: Tensor) -> Any:
-    """What a denoiser returned with its first tensor replaced, in the precision of the one that was there."""
+    """A denoiser's output with another first tensor.
+
+    The tensor gets the precision of the one that it replaces.
+    """
     leaves, form = tree_flatten(out)
     i = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     leaves[i] = value.to(leaves[i].dtype)
@@ -47,17 +53,20 @@ def with_first(out: Any, value: Tensor) -> Any:
 
 
 def predictions(out: Any) -> int:
-    """How many floating-point tensors an output holds."""
+    """The number of floating-point tensors in an output."""
     return sum(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_flatten(out)[0])
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest with each tensor changed."""
+    """The same nested value, with each tensor changed."""
     return tree_map_only(Tensor, change, value)
 
 
 def check_no_memory(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError where a denoiser is given a store of keys and values, to which both passes would write."""
+    """Raise ValueError if a call has a store of keys and values.
+
+    Both passes would write to it.
+    """
     for name, value in kwargs.items():
         if name in ("kv_cache", "kv_caches") and value is not None:
             raise ValueError(
@@ -67,10 +76,11 @@ def check_no_memory(kwargs: dict[str, Any]) -> None:
 
 
 def rows(w_B: Tensor, batch: int, branches: tuple[int, ...] = BRANCHES) -> Tensor:
-    """(N,) a weight for each row of the denoiser's batch; one an image is repeated for each branch of guidance.
+    """(N,) a weight for each row of the denoiser's batch.
 
-    branches: how many rows an image may have. Pipelines stack the branches: all images of one, then all of the next.
-    Raises ValueError for another number of weights.
+    Weights for each image are repeated for each branch of guidance. branches: the numbers of rows that an image may
+    have. Pipelines stack the branches: all images of one, then all of the next. Raises ValueError for another number
+    of weights.
     """
     if len(w_B) == batch:
         return w_B
@@ -80,12 +90,18 @@ def rows(w_B: Tensor, batch: int, branches: tuple[int, ...] = BRANCHES) -> Tenso
 
 
 def column(w_B: Tensor, x: Tensor) -> Tensor:
-    """Weights that broadcast over the rows of x, fp32, on its device. Raises ValueError as `rows`."""
+    """Weights in fp32 that broadcast over the rows of x.
+
+    They are on the device of x. Raises ValueError as `rows` does.
+    """
     return rows(w_B, len(x)).to(x.device, torch.float32).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _flat(out: Any) -> tuple[list[Any], TreeSpec]:
-    """Leaves and form of an output, in which a list is one leaf: its tensors are the images of a batch."""
+    """Leaves and form of an output.
+
+    A list is one leaf, because its tensors are the images of a batch.
+    """
     return tree_flatten(out, is_leaf=lambda value: isinstance(value, list))
 
 

@@ -1,7 +1,8 @@
-"""Where a pipeline is on its way: the step of each call of its denoiser, and that step's time and noise level.
+"""The step of each call of a pipeline's denoiser.
 
-A denoiser is told a time in its family's own unit (of 1000, of 1, or counted from the other end); the pipeline's
-scheduler knows the steps. The nearest one is meant, as half precision rounds times.
+A denoiser is given a time in its family's own unit (of 1000, of 1, or counted from the other end). The pipeline's
+scheduler knows the steps, with their times and noise levels. The step with the nearest time is taken, because half
+precision rounds times.
 """
 
 from __future__ import annotations
@@ -15,23 +16,29 @@ from torch import Tensor
 
 from rlg.models.backbones.networks import call_of
 
-_UNITS = (1.0, 1000.0)  # what the scheduler's times are in the denoiser's unit
-_TOLERANCE = 0.005  # of a time: half the distance of neighbours in bfloat16, and what casts add
+_UNITS = (1.0, 1000.0)  # scheduler's time / denoiser's time
+_TOLERANCE = 0.005  # relative error of a time: half the spacing of bfloat16, and the error of casts
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one call of a pipeline, from where it enters, as a schedule of w asks for them."""
+    """The steps of one pipeline call, for a schedule of w.
 
-    t: Tensor  # (T,) scheduler's times, which fall towards the data
-    sigma: Tensor  # (T + 1,) weight of the noise in x_t, in [0, 1]; 0 behind the last step
+    They begin where the pipeline enters.
+    """
+
+    t: Tensor  # (T,) the scheduler's times, which fall towards the data
+    sigma: Tensor  # (T + 1,) weight of the noise in x_t, in [0, 1]; 0 after the last step
 
     def __len__(self) -> int:
         return len(self.t)
 
 
 class PipelineSteps:
-    """Follows the calls of one denoiser; a call of the pipeline begins anew."""
+    """The present step of one denoiser.
+
+    It starts again when the pipeline is called again.
+    """
 
     def __init__(self, scheduler: Callable[[], Any], network: object):
         self._scheduler, self._forward = scheduler, call_of(network).counts_up
@@ -41,10 +48,10 @@ class PipelineSteps:
         self.steps = Steps(torch.zeros(0), torch.zeros(1))
 
     def turn(self, t: float) -> tuple[int, bool]:
-        """(step that a call of the denoiser is of, whether it is the first of this call of the pipeline).
+        """The step of a denoiser's call, and whether it begins a run.
 
-        Steps count from the one at which the pipeline entered. t: the time that the denoiser is told.
-        Raises ValueError where no step of the scheduler has that time.
+        A run is a call of the pipeline, and its first step is 0. t: the time that the denoiser is given. Raises
+        ValueError where no step of the scheduler has that time.
         """
         scheduler = self._scheduler()
         if scheduler.timesteps is not self._timesteps:
@@ -58,7 +65,10 @@ class PipelineSteps:
         return now - self._first, begins
 
     def _nearest(self, scheduler: Any, t: float) -> int:
-        """The step of a time; the first call of a run settles the unit, as a time of 1 may be the first or last."""
+        """The step with the nearest time.
+
+        The first call of a run settles the unit, because a time of 1 may be the first or the last.
+        """
         known = scheduler.timesteps.detach().double().cpu()
         enters = getattr(scheduler, "begin_index", None) or 0
         found = []
@@ -83,15 +93,16 @@ def _steps(scheduler: Any, first: int) -> Steps:
 
 
 def _rising(scheduler: Any) -> bool:
-    """Whether times and sigmas rise towards the data, as in Mochi."""
+    """Tell whether times and sigmas rise towards the data, as in Mochi."""
     return bool(scheduler.config.get("invert_sigmas"))
 
 
 def noise_level(scheduler: Any, i: int) -> float:
-    """sigma of step i of a diffusers scheduler, the weight of the noise in x_t, in [0, 1] for every family.
+    """sigma of step i of a diffusers scheduler.
 
-    Flow models have it as it is. Schedulers in EDM's terms hold sigma / alpha, the others the cumulative alphas.
-    Raises ValueError for a scheduler that holds none of them.
+    It is the weight of the noise in x_t, in [0, 1] for every family. Flow models hold it as it is. Schedulers in EDM's
+    terms hold sigma / alpha, and others the cumulative alphas. Raises ValueError for a scheduler that holds none of
+    them.
     """
     config, sigmas = scheduler.config, getattr(scheduler, "sigmas", None)
     name = type(scheduler).__name__

@@ -1,10 +1,10 @@
-"""diffusers' step caches under guidance: base and tuned pass each keep their own.
+"""Diffusers' step caches under guidance, one for each pass.
 
 A cache (first block, Mag, Sea, TaylorSeer, text keys and values, pyramid attention broadcast, FasterCache) takes parts
-of the network from the pass before it. With one cache for both, the tuned pass would take them from the base pass, and
-the difference of the two would be lost. Most caches keep a state for each named context of a pipeline ("cond",
-"uncond"), so a pass adds its own name; pyramid attention broadcast and FasterCache keep one state a layer, which is
-exchanged.
+of the network from the previous pass. With one cache for both models, the tuned pass would take them from the base
+pass, and their difference would be lost. Most caches keep a state for each named context of a pipeline ("cond",
+"uncond"). For these, a pass adds its own name. Pyramid attention broadcast and FasterCache keep one state a layer,
+which is exchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from diffusers.hooks.hooks import CacheContext, ModelHook, StateManager
 from torch import nn
 
-_NO_CONTEXT = "inference"  # diffusers' own name where a pipeline names none
+_NO_CONTEXT = "inference"  # diffusers' own name if a pipeline names no context
 
 
 class StepCaches:
@@ -25,13 +25,13 @@ class StepCaches:
 
     def __init__(self, network: nn.Module):
         self.network = network
-        self._kept: dict[tuple[int, str], Any] = {}  # states of hooks that have one for all contexts
+        self._kept: dict[tuple[int, str], Any] = {}  # states of hooks that have one state for all contexts
 
     @contextmanager
     def of(self, branch: str) -> Iterator[None]:
-        """Within, the network's caches are those of a branch ("base" or "tuned").
+        """Use the caches of one branch ("base" or "tuned"), inside a context.
 
-        Raises ValueError for a cache that keeps its state in a way that we do not know.
+        Raises ValueError for a cache that keeps its state in an unknown way.
         """
         undo = [change for hook in stateful_hooks(self.network) for change in self._enter(hook, branch)]
         try:
@@ -41,7 +41,7 @@ class StepCaches:
                 change()
 
     def forget(self) -> None:
-        """Begin anew, as the caches do at the end of a pipeline's call."""
+        """Clear all states, as the caches do at a pipeline call's end."""
         self._kept.clear()
 
     def _enter(self, hook: ModelHook, branch: str) -> list[Any]:
@@ -63,7 +63,7 @@ class StepCaches:
 
 
 def stateful_hooks(network: nn.Module) -> list[ModelHook]:
-    """The hooks of a network and its layers that remember something from call to call."""
+    """Hooks of a network and its layers that keep a state."""
     registries = [m._diffusers_hook for m in network.modules() if hasattr(m, "_diffusers_hook")]
     return [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
 
