@@ -1,4 +1,4 @@
-"""RLG: align diffusion models with reinforcement learning, and control the alignment at inference."""
+"""RLG: reinforcement learning for diffusion models, with control at inference."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if own_packages.is_command():
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use, so that `import rlg` does not load torch and diffusers. The module is not called `apply`,
-    # because a submodule of that name would hide the function as soon as anybody imported it.
+    # Names are resolved on first use, so that `import rlg` does not load torch and diffusers. The module is not called
+    # `apply`, because a submodule of that name would hide the function as soon as it is imported.
     if name == "tinyworld":
         return importlib.import_module("rlg.tinyworld")
     if name in __all__:

@@ -1,10 +1,11 @@
-"""The console command `rlg`: a subcommand for each `python -m rlg.NAME`, and for each `train_NAME.py`.
+"""The console command `rlg`.
 
-    rlg                                         # lists them
+    rlg                                         # lists the subcommands
     rlg train grpo --config tiny/demo           # several processes: accelerate launch -m rlg train grpo ...
     rlg evaluate --ckpt runs/NAME/checkpoint-N
 
-What a subcommand does not need is not imported, so that the list, --help and a typo are answered at once.
+There is a subcommand for each `python -m rlg.NAME`, and for each `train_NAME.py`. A subcommand imports only what it
+needs, so that the list, --help and a typo are answered at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from rlg import __version__, cli, own_packages
 
 TRAIN = "train"
-COMMANDS = {  # subcommand: its module, in the order of use
+COMMANDS = {  # subcommand: its module; the list shows them in this order
     TRAIN: "trainers.commands",
     "evaluate": "rlg.evaluate",
     "report": "rlg.report",
@@ -48,7 +49,10 @@ _HOME = Path(__file__).parent.parent
 
 
 def main() -> None:
-    """Command line: run the subcommand that sys.argv names, as `python -m` runs its module."""
+    """Run the subcommand that sys.argv names.
+
+    It runs as `python -m` would run its module.
+    """
     own_packages.guard()
     start, words = _start(), sys.argv[1:]
     cli.start_as(start)
@@ -82,7 +86,10 @@ def _start() -> str:
 
 
 def _known(word: str, names: Iterable[str], start: str) -> str:
-    """The word itself. Prints one line and exits with code 2 if it is none of the names."""
+    """The word itself.
+
+    Prints one line and exits with code 2 if it is none of the names.
+    """
     if word in names:
         return word
     near = difflib.get_close_matches(word, names, n=1)
@@ -96,7 +103,10 @@ def _table(modules: dict[str, str]) -> str:
 
 
 def _summary(module: str) -> str:
-    """The first sentence of a module's docstring. It is read and not imported."""
+    """The first sentence of a module's docstring.
+
+    The file is read and not imported.
+    """
     place = _HOME.joinpath(*module.split("."))
     file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
     source = file.read_text(encoding="utf-8")

@@ -1,10 +1,12 @@
-"""Average the adapters of a run's checkpoints into one: a cleaner direction, which guidance with w > 1 extrapolates.
+"""Average the adapters of a run's checkpoints into one.
 
     python -m rlg.average runs/NAME/checkpoint-70 runs/NAME/checkpoint-80 --output runs/NAME/average
 
-A policy gradient leaves noise in the weights, and guided = base + w * (tuned - base) amplifies it with everything
-else; checkpoints share the signal and not the noise. The mean is exact: the mean of n updates B A of rank r is one
-update of rank n r, [B_1 ... B_n] / n times the stacked A_i, with the same alpha / rank.
+A policy gradient leaves noise in the weights. Guidance with w > 1, base + w * (tuned - base), amplifies it together
+with the signal. Checkpoints share the signal and not the noise, so their mean is a cleaner direction. The mean is
+exact: the mean of n updates B A of rank r is one update of rank n r, with the same alpha / rank:
+
+    [B_1 ... B_n] / n  times the stacked A_i
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ from rlg.publishing import model_card
 
 
 def mean_update(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """LoRA matrices, by PEFT's names, whose update is the mean of the parts' updates."""
+    """LoRA matrices whose update is the mean of the parts' updates.
+
+    They are given by PEFT's names.
+    """
     stacked = {}
     for name in parts[0]:
         tensors = [part[name].float() for part in parts]
@@ -59,7 +64,10 @@ def mean_update(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check_alike(files: Sequence[AdapterFile]) -> None:
-    """Raise ValueError unless all are PEFT adapters of one base with matrices of one shape."""
+    """Raise ValueError unless all adapters can be averaged.
+
+    They must be PEFT adapters of one base, with matrices of the same shapes.
+    """
     first = files[0]
     for file in files:
         if file.config is None:
@@ -75,11 +83,11 @@ def check_alike(files: Sequence[AdapterFile]) -> None:
 
 
 def average(checkpoints: Sequence[str | Path], output: Path, base: str | None = None, overwrite: bool = False) -> None:
-    """Write the mean of adapters to a new folder, as a PEFT folder and a diffusers file, with the first one's config.
+    """Write the mean of adapters to a new folder.
 
-    The folder is there whole or not at all. average.json in it has the digests of the adapters and of the base. Raises
-    ValueError if the output is there already, unless it is an average and `overwrite`, or the adapters do not belong
-    together.
+    It is a PEFT folder and a diffusers file, with the first adapter's config. The folder is written whole or not at
+    all. average.json in it has the digests of the adapters and of the base. Raises ValueError if the adapters do not
+    belong together. Raises ValueError also if the output exists, unless it is an average and `overwrite` is set.
     """
     if output.exists() and not (output / AVERAGE).is_file():
         raise ValueError(f"{output} exists, and is no average (no {AVERAGE}); give --output another folder")
@@ -111,7 +119,7 @@ def average(checkpoints: Sequence[str | Path], output: Path, base: str | None = 
 def _write(policy: Policy, models: Sequence[TunedModel], folder: Path, name: str) -> None:
     policy.save_adapter(folder)
     settings = Path(models[0].path) / CONFIG
-    if settings.is_file():  # what the run was sampled with, which evaluation takes as its defaults
+    if settings.is_file():  # evaluations take their defaults from the run's config
         shutil.copy(settings, folder / CONFIG)
     tuned = {f"adapter {number}": model.digest for number, model in enumerate(models, 1)}
     atomic.write_text(folder / AVERAGE, json.dumps(fingerprint.record(tuned, policy.base, {}), indent=1) + "\n")
@@ -120,7 +128,7 @@ def _write(policy: Policy, models: Sequence[TunedModel], folder: Path, name: str
 
 
 def run(options: AverageOptions) -> None:
-    """Average, and say where."""
+    """Average the adapters, and print the output folder."""
     average(options.checkpoints, options.output, options.base, options.overwrite)
     print(options.output)
 

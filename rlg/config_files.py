@@ -1,10 +1,10 @@
-"""List the configs that ship with RLG, or print where one of them is.
+"""List the configs that ship with RLG, or find one.
 
     rlg configs                     # a line each
     rlg configs accelerate/cpu2     # its path, as for `accelerate launch --config_file`
 
-`--config` takes their names too. A file of the user comes first. A wheel holds configs/ and launch/accelerate/ as
-data of the package; a clone has them beside it.
+`--config` takes these names as well. A file of the user comes first. A wheel holds configs/ and launch/accelerate/ as
+data of the package. A clone has them beside the package.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from pathlib import Path
 from rlg.cli import Parser, fail_cleanly, first_sentence
 
 _SUFFIX = ".yaml"
-_IN_CLONE = ("configs", "launch")  # folders of a clone; a name may begin with one of them, as a path there does
+_IN_CLONE = ("configs", "launch")  # folders of a clone; a config's name may also begin with one of them
 
 
 def folders() -> list[Path]:
-    """Where configs are: in the installed package, else in the clone that it is imported from."""
+    """Folders with configs.
+
+    They are in the installed package, or else in the clone that it is imported from.
+    """
     package = Path(str(resources.files("rlg")))
     if (package / "configs").is_dir():
         return [package / "configs"]
@@ -31,7 +34,10 @@ def folders() -> list[Path]:
 
 
 def shipped() -> dict[str, Path]:
-    """The files that ship, by name, such as `tiny/demo`; sorted."""
+    """The files that ship, by name, such as `tiny/demo`.
+
+    They are sorted.
+    """
     files = ((file.relative_to(folder), file) for folder in folders() for file in folder.rglob(f"*{_SUFFIX}"))
     return dict(sorted((inside.with_suffix("").as_posix(), file) for inside, file in files))
 
@@ -39,7 +45,8 @@ def shipped() -> dict[str, Path]:
 def find(name: str | Path) -> Path:
     """The file of a config.
 
-    name: a file of the user, or one of `shipped`, also as its path in a clone. Raises ValueError with near names.
+    name: a file of the user, or a name in `shipped`, or that file's path in a clone. Raises ValueError with similar
+    names.
     """
     path = Path(name)
     if path.is_file():
@@ -59,7 +66,7 @@ def _without_ends(path: Path) -> str:
 
 
 def table() -> str:
-    """A line for each config that ships: its name, and the first sentence of its comment."""
+    """A line for each config: its name and its comment's first sentence."""
     rows = {name: _first_sentence(file) for name, file in shipped().items()}
     width = max(map(len, rows), default=0)
     return "\n".join(f"{name:{width}}  {sentence}".rstrip() for name, sentence in rows.items())

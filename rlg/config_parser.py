@@ -1,7 +1,8 @@
-"""The command line of a dataclass: an option for each field, and `--config FILE.yaml` below the command line.
+"""Command lines of dataclasses.
 
-Every command of the project gets its parser here. Nothing here imports torch, so that `--help` and a mistake are
-answered at once. Values are read as `trl.TrlParser` reads them, and a test holds both to one result.
+There is an option for each field. `--config FILE.yaml` sets options as well, and the command line wins. Every command
+of the project gets its parser here. Torch is not imported, so that `--help` and a mistake are answered at once. Values
+are read as `trl.TrlParser` reads them, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def option(
 ) -> Any:
     """A field of a command's dataclass.
 
-    place: where it stands on the command line, without a name. repeat: a tuple whose items are given one by one, each
-    behind the name. group: the title that --help lists it under. excludes: options of one such word exclude each
-    other. file_only: it is read from YAML alone.
+    place: position on the command line; the option then has no name. repeat: a tuple whose items are given one by one,
+    each after the name. group: the title in --help. excludes: options with the same word exclude each other.
+    file_only: the option is read only from YAML.
     """
     known = dict(choices=choices, metavar=metavar, place=place, repeat=repeat, group=group, excludes=excludes)
     known |= {"may_be_empty": may_be_empty, "file_only": file_only, "help": help}
@@ -53,23 +54,26 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Command(Generic[ConfigT]):
-    """What a command's parser is made of."""
+    """The parts of a command's parser."""
 
-    prog: str  # as usage shows it
-    kind: type[ConfigT]  # dataclass of its options
-    doc: str | None  # docstring of its module, whose first line --help shows
-    hidden: tuple[str, ...] = ()  # options that --help leaves out: they are read, and refused with a reason
+    prog: str  # name in the usage line
+    kind: type[ConfigT]  # dataclass of the options
+    doc: str | None  # the module's docstring; --help shows its first line
+    hidden: tuple[str, ...] = ()  # options that --help does not show; the command refuses them with a reason
 
     def parse(self, argv: Sequence[str] | None = None) -> ConfigT:
-        """As the function `parse`."""
+        """Parse the options with the function `parse`."""
         return parse(self.kind, argv, (self.doc or "").split("\n")[0], self.prog, self.hidden)
 
     def parser(self) -> Parser:
-        """Its parser."""
+        """The command's parser."""
         return build(self.kind, (self.doc or "").split("\n")[0], self.prog, self.hidden)
 
     def answer(self, argv: Sequence[str] | None = None) -> None:
-        """Answer --help and mistakes at once: a module calls it before it imports what is slow."""
+        """Answer --help and mistakes at once.
+
+        A module calls this before it imports slow packages.
+        """
         with fail_cleanly():
             self.parse(argv)
 
@@ -83,9 +87,9 @@ def parse(
 ) -> ConfigT:
     """A config from `--config FILE.yaml` and the command line, which wins.
 
-    Raises ValueError for a value that makes no sense. An unknown option or key, and a missing one, end the command.
-    Where the dataclass has no field `dry_run`, `--dry_run` prints what was read, and ends the command. A field
-    `config` gets the path of the file.
+    Raises ValueError for a value that makes no sense. An unknown or missing option ends the command. If the dataclass
+    has no field `dry_run`, `--dry_run` prints the options and ends the command. A field `config` gets the path of the
+    file.
     """
     parser = build(kind, description, prog, hidden)
     file, rest = split(sys.argv[1:] if argv is None else argv)
@@ -105,7 +109,10 @@ def parse(
 
 
 def check(config: Any) -> None:
-    """Raise ValueError for a number that is not finite, a text that is no choice, and options that exclude others."""
+    """Raise ValueError for values that a config must not have.
+
+    These are numbers that are not finite, texts that are no choice, and options that exclude each other.
+    """
     groups: dict[str, str] = {}
     for name, field in _fields(type(config)).items():
         value = getattr(config, name)
@@ -123,14 +130,20 @@ def check(config: Any) -> None:
 
 
 def as_yaml(config: Any) -> str:
-    """The options of a config as YAML, which `--config` reads and then does what it says."""
+    """The options of a config as YAML.
+
+    A command with this file as `--config` does the same again.
+    """
     names = [name for name in _file_options(type(config)) if name != _DRY_RUN]
     row = {name: _plain(getattr(config, name)) for name in names}
     return yaml.safe_dump(row, sort_keys=False, allow_unicode=True)
 
 
 def split(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """(the file of --config, all other arguments). Raises ValueError for a file that is not there."""
+    """The file of --config, and all other arguments.
+
+    Raises ValueError for a file that does not exist.
+    """
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(list(argv))
@@ -140,7 +153,10 @@ def split(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 def build(
     kind: type[Any], description: str | None = None, prog: str | None = None, hidden: Sequence[str] = ()
 ) -> Parser:
-    """A parser with an option for each field; what is not given is not among its results."""
+    """A parser with an option for each field.
+
+    Options that are not given are not in its result.
+    """
     parser = Parser(prog=prog or Path(sys.argv[0]).name, description=description, argument_default=argparse.SUPPRESS)
     told = "a YAML file of options, or the name of one that ships (see rlg configs); the command line wins"
     parser.add_argument("--config", metavar="FILE", help=told)
@@ -162,7 +178,10 @@ def build(
 
 
 def _add(parser: Any, field: dataclasses.Field[Any], hint: Any, flags_alone: bool) -> None:
-    """Add a field's option. flags_alone: a switch takes no value, which a word that has no name could be taken for."""
+    """Add a field's option.
+
+    flags_alone: a switch takes no value, because a word without a name could be taken for it.
+    """
     name, kind, known = field.name, _without_none(hint), field.metadata
     options: dict[str, Any] = {"help": _help(field), "type": kind}
     options |= {key: known[key] for key in ("choices", "metavar") if key in known}
@@ -183,7 +202,10 @@ def _add(parser: Any, field: dataclasses.Field[Any], hint: Any, flags_alone: boo
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
-    """What an option is, and its default, where the text does not tell it."""
+    """The help of an option, with its default.
+
+    The default is left out if the text mentions one.
+    """
     text = field.metadata.get("help", "").replace("%", "%%")
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     told = "default" in text or default in (None, dataclasses.MISSING, (), []) or default is False
@@ -229,20 +251,26 @@ def _require(parser: Parser, kind: type[Any], values: dict[str, Any]) -> None:
 
 
 def _from_file(parser: Parser, kind: type[Any], file: Path) -> dict[str, Any]:
-    """The options of a YAML file, of their fields' types; a text that is no number ends the command."""
+    """The options of a YAML file, converted to their fields' types.
+
+    A text that cannot be converted ends the command.
+    """
     return {name: _typed(parser, name, value, hint) for name, value, hint in _rows(kind, file)}
 
 
 def read_values(kind: type[Any], file: Path) -> dict[str, Any]:
-    """What a YAML file says of a dataclass's fields, by their names here. Raises ValueError for another type's value.
+    """The options of a YAML file, by their field's names.
 
-    A text is taken as a command line's: it is converted later.
+    A text is not converted yet, as on a command line. Raises ValueError for a value of another type.
     """
     return {name: value for name, value, _ in _rows(kind, file)}
 
 
 def _rows(kind: type[Any], file: Path) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value, type) of what a YAML file holds. Raises ValueError as `read_values`."""
+    """Each option of a YAML file as `(name, value, type)`.
+
+    Raises ValueError as `read_values` does.
+    """
     names = _file_options(kind)
     row, hints = canonical_keys(read_yaml(file), names, str(file)), get_type_hints(kind)
     if "env" in row:
@@ -261,7 +289,10 @@ def _rows(kind: type[Any], file: Path) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _as_words(value: Any, kind: Any) -> Any:
-    """A value of YAML as the command line has it: one item stands for a list of it, and a number may be a text."""
+    """A value of YAML in the form of the command line.
+
+    One item stands for a list with it. A number becomes a text where a text is needed.
+    """
     items = value if isinstance(value, list) else [value]
     return [str(item) if kind is str and type(item) in (int, float) else item for item in items]
 
@@ -280,7 +311,7 @@ def _typed(parser: Parser, name: str, value: Any, kind: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML has it."""
+    """A value in YAML's types."""
     if isinstance(value, (list, tuple)):
         return list(map(_plain, value))
     return str(value) if isinstance(value, Path) else value

@@ -1,6 +1,8 @@
-"""The images of an evaluation side by side: a column a prompt, a row a w, each column from one noise.
+"""Show the images of an evaluation side by side.
 
-python -m rlg.contact_sheet runs/NAME/eval/ID --w 0 1 2 --output sheet.png
+    python -m rlg.contact_sheet runs/NAME/eval/ID --w 0 1 2 --output sheet.png
+
+A column is a prompt, and a row is a w. The images of a column have the same noise.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ from rlg.io.run_folder import IMAGES, image_name
 from rlg.reports.evaluation_data import Run, read_run
 from rlg.reports.theme import GRID, INK, STYLE
 
-_INCHES = 1.05  # side of a cell
-_WRAP = 18  # characters of a prompt on a line
+_INCHES = 1.05  # side of a cell, in inches
+_WRAP = 18  # characters of a prompt in a line
 
 
 def _image(run: Run, prompt: int, w: float) -> Path:
@@ -51,7 +53,10 @@ def _image(run: Run, prompt: int, w: float) -> Path:
 
 
 def draw(run: Run, scales: Sequence[float], columns: int) -> Figure:
-    """The first images of the first prompts at each w. Raises ValueError for an image that the folder lacks."""
+    """The first images of the first prompts at each w.
+
+    Raises ValueError for an image that the folder lacks.
+    """
     prompts = {row.prompt_id: row.prompt for row in run.rows}
     kept = {row.prompt_id for row in run.rows if row.k == 0 and _image(run, row.prompt_id, row.w).is_file()}
     chosen = sorted(kept)[:columns]

@@ -1,4 +1,4 @@
-"""What several processes do as one: they fail together, and stop together."""
+"""Processes that fail together and stop together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Within, bad input or an error of the system in one process ends all, which would wait forever; also a barrier.
+    """Let all processes fail if one fails, inside a context.
 
-    A process that raised it goes on to raise it; the others leave with exit code 2, as it has said why.
+    Otherwise the others would wait for it without end. The failures are bad input and errors of the system. The
+    process that failed raises its error, which explains it. The others exit with code 2. The end of the context is a
+    barrier.
     """
     failure: Exception | None = None
     try:
@@ -34,10 +36,11 @@ def together() -> Iterator[None]:
 
 
 def agree(what: Mapping[str, Any], instead: str) -> None:
-    """Raise ValueError unless all processes come with the same values; it names the first that differs, and how.
+    """Raise ValueError unless all processes have the same values.
 
-    Without this one process would sample other prompts than the rest, or wait for a step that they never take. A value
-    of None is of a process that does not know, and is not compared. instead: what to do about it.
+    The message names the first value that differs. Otherwise a process would sample other prompts than the rest, or
+    wait for a step that the others never take. A value of None means that the process does not know it, and is not
+    compared. instead: advice for the message.
     """
     rows = gather_object([dict(what)])
     with together():
@@ -49,7 +52,10 @@ def agree(what: Mapping[str, Any], instead: str) -> None:
 
 
 class Interruption:
-    """Within, SIGINT and SIGTERM ask for an end after the step that is being taken, and say so. A second one kills."""
+    """Let SIGINT and SIGTERM end the command after the present step.
+
+    This holds inside a context, and the user is told so. A second signal kills the process.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -64,11 +70,17 @@ class Interruption:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; all processes call it, as one that stops alone hangs the others."""
+        """Tell whether any process was asked to stop.
+
+        All processes must call this, because the others hang if one stops alone.
+        """
         return bool(reduce(torch.tensor(float(self.requested), device=PartialState().device), "sum") > 0)
 
     def leave(self) -> None:
-        """End the command, with exit code 0, if any process was asked to stop; what it made so far is kept."""
+        """End the command with exit code 0 after a request to stop.
+
+        The request may have reached any process. All that was made so far is kept.
+        """
         if self.agreed():
             if PartialState().is_main_process:
                 print("interrupted; the same command goes on where it was", file=sys.stderr)
@@ -81,4 +93,4 @@ class Interruption:
         self.requested = True
         name = signal.Signals(number).name
         told = f"\n{name}: this step is finished and kept, then it ends; once more ends it now, and loses the step\n"
-        os.write(2, told.encode())  # print is not made for a signal's handler
+        os.write(2, told.encode())  # print is not safe in a signal handler

@@ -1,11 +1,11 @@
-"""Evaluate a tuned model under Reinforcement Learning Guidance over a sweep of w.
+"""Evaluate a tuned model under Reinforcement Learning Guidance, over several w.
 
     python -m rlg.evaluate --ckpt runs/NAME/checkpoint-N --w 0 0.25 0.5 0.75 1 1.5 2 3
     python -m rlg.evaluate --tuned USER/REPO --base BASE     # made elsewhere: a LoRA, or a full fine-tuned network
     python -m rlg.evaluate --ckpt runs/A/checkpoint-N --ckpt runs/B/checkpoint-N --blend 0:1:0.1     # two experts
 
-What the rows mean is said in `rlg.evaluation.evaluator`, and for two experts in `rlg.evaluation.blend`. What is
-already scored is not done again, but for a prompt at a scale that was cut off midway.
+`rlg.evaluation.evaluator` explains the rows, and `rlg.evaluation.blend` those of two experts. Images that are scored
+are not made again. Only a prompt that was cut off midway at some w is.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from rlg.publishing import model_card, wandb_runs
 from rlg.reports import wandb_mirror
 from rlg.tasks import prompt_sets
 
-_NOT_IN_META = ("scales", "methods", "batch_size", "morl")  # settings that may differ between runs of one evaluation
+_NOT_IN_META = ("scales", "methods", "batch_size", "morl")  # a later run may add to an evaluation with other values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def dry_run(asked: options.EvalOptions) -> str:
-    """The options that hold, as YAML, and how many images they ask for. Raises ValueError for what does not fit."""
+    """The options as YAML, and the number of images that they request.
+
+    Raises ValueError for options that do not fit together.
+    """
     request = options.request_of(asked, options.models_of(asked))
     (prompts,) = prompt_sets.load_each([request.prompts], request.prompt_column)
     count = len(spread(prompts, request.num_prompts))
@@ -72,7 +75,7 @@ def dry_run(asked: options.EvalOptions) -> str:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What evaluations of the same models share."""
+    """Models, rewards and prompts that several evaluations share."""
 
     state: Any  # accelerate's PartialState
     policy: Policy
@@ -88,17 +91,20 @@ class Evaluation:
 
     evaluator: Evaluator
     folder: Path
-    ids: Sequence[int]  # of the prompts that are reported: all but those that w was chosen on
-    meta: dict[str, Any]  # of meta.json
-    record: Callable[[], fingerprint.Record]  # digests and versions, which are in meta.json too
+    ids: Sequence[int]  # reported prompts: all except those that w was chosen on
+    meta: dict[str, Any]  # content of meta.json
+    record: Callable[[], fingerprint.Record]  # digests and versions, which meta.json holds as well
     images: int  # prompts whose images are kept; -1 keeps all
     overwrite: bool
     tracking: wandb_runs.Tracking | None
-    checkpoints: Sequence[Path]  # whose model cards show the curve
+    checkpoints: Sequence[Path]  # their model cards show the curve
 
 
 def load(request: EvalRequest) -> Loaded:
-    """Models, rewards and prompts. Raises ValueError for what does not fit together."""
+    """Models, rewards and prompts of a request.
+
+    Raises ValueError for parts that do not fit together.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -107,7 +113,7 @@ def load(request: EvalRequest) -> Loaded:
     tracking = tracking_of(request)
     (prompts,) = prompt_sets.load_each([request.prompts], request.prompt_column)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)  # without being told, every process on the CPU believes that it is alone
+    state = PartialState(cpu=on_cpu)  # without `cpu`, every process on the CPU believes that it is the only one
     if tracking and state.is_main_process:
         wandb_runs.require()
     reward = rewards.build(list(request.rewards), device=str(state.device))
@@ -115,7 +121,8 @@ def load(request: EvalRequest) -> Loaded:
     reward.check(*columns([prompts[i] for i in ids]))
     policy = _policy(request, state.device)
     if policy.tuned is not None and state.is_main_process:
-        print(full_networks.memory(policy.network, policy.tuned), file=sys.stderr)  # stdout is the report's path
+        # stdout is for the report's path.
+        print(full_networks.memory(policy.network, policy.tuned), file=sys.stderr)
     return Loaded(state, policy, reward, prompts, ids, tracking)
 
 
@@ -129,9 +136,10 @@ def _policy(request: EvalRequest, device: torch.device) -> Policy:
 
 
 def begin(request: EvalRequest, loaded: Loaded) -> Evaluation:
-    """The evaluation that is asked for. Where a goal chooses w, images of the calibration prompts are made.
+    """The evaluation that is requested.
 
-    No file is written. Raises ValueError for settings that do not fit.
+    Where a goal chooses w, images of the calibration prompts are made. No file is written. Raises ValueError for
+    settings that do not fit.
     """
     kind = BlendEvaluator if isinstance(request.settings, BlendSettings) else Evaluator
     evaluator = kind(loaded.policy, loaded.reward, loaded.prompts, request.settings)
@@ -139,13 +147,13 @@ def begin(request: EvalRequest, loaded: Loaded) -> Evaluation:
     chosen_on, ids = _split(request.goal, loaded.ids, request.calibration_prompts)
     choice = None
     if request.goal:
-        silent = None if loaded.state.is_main_process else True  # None: unless it is a terminal
+        silent = None if loaded.state.is_main_process else True  # None shows the bar in a terminal only
         choice = choose_w(request.goal, evaluator, chosen_on, request.rewards[0], silent)
         evaluator = evaluator.with_scales(sorted({0.0, 1.0, choice.w}))
     meta = {
         **naming,
         "base": request.base,
-        "trained_rewards": [name.partition("=")[0] for name in request.trained_rewards],  # as the rows name them
+        "trained_rewards": [name.partition("=")[0] for name in request.trained_rewards],  # the rows use these names
         "rewards": list(request.rewards),
         "reward_models": loaded.reward.models or None,
         "prompts": request.prompts,
@@ -170,7 +178,10 @@ def begin(request: EvalRequest, loaded: Loaded) -> Evaluation:
 
 
 def _record(request: EvalRequest, loaded: Loaded) -> fingerprint.Record:
-    """What the rows are made of; see `rlg.models.fingerprint`."""
+    """Digests and versions of all that the rows are made of.
+
+    See `rlg.models.fingerprint`.
+    """
     import rewards
 
     first, *others = request.models
@@ -187,7 +198,10 @@ def _record(request: EvalRequest, loaded: Loaded) -> fingerprint.Record:
 
 
 def _check_base(models: Sequence[TunedModel], base: str, found: str | None) -> None:
-    """Raise ValueError for an adapter that was trained on what its base's name does not stand for any more."""
+    """Raise ValueError for an adapter whose base has changed.
+
+    The base's name then stands for other weights than those of the training.
+    """
     for model in models:
         trained_on = fingerprint.base_of(model.path)
         if found and trained_on and trained_on != found:
@@ -196,7 +210,10 @@ def _check_base(models: Sequence[TunedModel], base: str, found: str | None) -> N
 
 
 def tracking_of(request: EvalRequest) -> wandb_runs.Tracking | None:
-    """Where the evaluation is mirrored to. Raises ValueError if that is not possible."""
+    """The tracker that mirrors the evaluation, or None.
+
+    Raises ValueError if that is not possible.
+    """
     if request.project is None:
         return None
     folders = [Path(model.path) for model in request.models] if request.log_adapter else []
@@ -207,7 +224,10 @@ def tracking_of(request: EvalRequest) -> wandb_runs.Tracking | None:
 
 
 def _split(goal: Goal | None, ids: Sequence[int], count: int) -> tuple[Sequence[int], Sequence[int]]:
-    """(prompts that w is chosen on, prompts that are reported). Raises ValueError where none are left to report."""
+    """`(prompts that w is chosen on, prompts that are reported)`.
+
+    Raises ValueError where none are left to report.
+    """
     if goal is None:
         return [], ids
     chosen_on = [ids[place] for place in spread(ids, count)]
@@ -221,8 +241,11 @@ def _split(goal: Goal | None, ids: Sequence[int], count: int) -> tuple[Sequence[
 
 
 def choose_w(goal: Goal, evaluator: Evaluator, ids: Sequence[int], reward: str, silent: bool | None) -> Choice:
-    """The w of a goal, from images of the prompts `ids`, with a progress bar and a line that says what it is."""
-    with tqdm(desc=f"w for {goal.option}", unit="w", disable=silent) as bar:  # how many it tries is not known before
+    """The w of a goal, chosen on images of the prompts `ids`.
+
+    It shows a progress bar, and prints the w on one line.
+    """
+    with tqdm(desc=f"w for {goal.option}", unit="w", disable=silent) as bar:  # the total is not known in advance
 
         def rows_at(w: float, k: int) -> list[Row]:
             rows = evaluator.rows_at(ids, w, k)
@@ -236,17 +259,20 @@ def choose_w(goal: Goal, evaluator: Evaluator, ids: Sequence[int], reward: str, 
 
 
 def _choice_row(goal: Goal | None, choice: Choice | None, prompts: int) -> dict[str, Any] | None:
-    """How w was chosen, for meta.json; None where it was not."""
+    """The entry of meta.json about the choice of w.
+
+    It is None where w was not chosen.
+    """
     if goal is None or choice is None:
         return None
     return asdict(goal) | {"calibration_prompts": prompts} | asdict(choice)
 
 
 def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
-    """Make and score what the folders lack, under one progress bar, and write each one's report.
+    """Make and score missing images, and write each evaluation's report.
 
-    Raises ValueError where another process works in one of the folders. SIGINT and SIGTERM finish the unit at work,
-    keep what is scored, and end the command with exit code 0.
+    There is one progress bar for all. Raises ValueError where another process works in one of the folders. SIGINT and
+    SIGTERM finish the present unit, keep all that is scored, and end the command with exit code 0.
     """
     from rlg.reports.evaluation_page import write_report
 
@@ -278,7 +304,10 @@ def finish(evaluations: Sequence[Evaluation], loaded: Loaded) -> None:
 
 
 def _prepare(evaluation: Evaluation) -> None:
-    """Bring the folder into the state that the evaluation goes on from. Raises ValueError if it is of another one."""
+    """Prepare the folder of an evaluation.
+
+    Raises ValueError if the folder belongs to another one.
+    """
     meta = evaluation.meta | evaluation.record()
     if "morl" in meta and not evaluation.overwrite:
         allow_more_morl(evaluation.folder, meta)
@@ -296,7 +325,10 @@ def _keep(evaluation: Evaluation, ids: Sequence[int]) -> Callable[[Job], bool]:
 
 
 def run(request: EvalRequest) -> Path:
-    """Evaluate and report; returns the output folder."""
+    """Evaluate and report.
+
+    Returns the output folder.
+    """
     loaded = load(request)
     evaluation = begin(request, loaded)
     finish([evaluation], loaded)

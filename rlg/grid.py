@@ -1,15 +1,16 @@
-"""Guidance over a second axis besides w: CFG, sampler, steps at equal cost, or schedule of w. Heat maps and a page.
+"""Guidance over a second axis besides w: heat maps and a page.
 
     python -m rlg.grid --config configs/eval/grid_cfg.yaml --ckpt runs/NAME/checkpoint-N
 
-The config is that of an evaluation with an `axis` and its `values`. Each value gets an ordinary evaluation folder
-inside the grid's, from the same prompts and noises, so the same command goes on where it was cut off, and each folder
-has its own report. grid.json, REWARD.png, REWARD.svg and grid.html then show every cell's mean reward beside its
-paired difference to w = 1 of the same row.
+The axis is CFG, sampler, steps at equal cost, or schedule of w. The config is that of an evaluation, with an `axis`
+and its `values`. Each value gets an ordinary evaluation folder inside the grid's, with its own report. All have the
+same prompts and noises. The same command continues a grid that was cut off. The results show every cell's mean reward,
+and its paired difference to w = 1 of the same row.
 
-Axis `steps` compares at equal cost: a row is a budget of network evaluations. w = 0 and w = 1 take one pass a step and
-every other w two, so in the row of S steps these two have 2 S: w = 1 is the evaluator's method `tuned_2x_steps`, w = 0
-the base in the folder of 2 S steps. In the other grids w = 0 and w = 1 cost half of what their row's other cells do.
+    results       grid.json, REWARD.png, REWARD.svg, grid.html
+    axis steps    a row is a budget of network evaluations; w = 0 and w = 1 take one pass a step and all others two,
+                  so in the row of S steps these two have 2 S: w = 1 is `tuned_2x_steps`, w = 0 the base of 2 S steps
+    other axes    w = 0 and w = 1 cost half of the other cells in their row
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from rlg.evaluation import options as evaluation
 from rlg.evaluation.choose_w import GOALS
 from rlg.io.spellings import canonical
 
-ELSEWHERE = ("origin", "blend", *evaluation.OF_BLENDS, *GOALS)  # no grid has these options of an evaluation
+ELSEWHERE = ("origin", "blend", *evaluation.OF_BLENDS, *GOALS)  # a grid refuses these options of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions(evaluation.EvalOptions):
-    """Options of `python -m rlg.grid`: those of an evaluation, and an axis. Raises ValueError for an unknown axis."""
+    """Options of `python -m rlg.grid`: those of an evaluation, and an axis.
 
-    config: Path | None = None  # names the grid's folder
+    Raises ValueError for an unknown axis.
+    """
+
+    config: Path | None = None  # its name becomes part of the folder's name
     axis: str | None = option(None, f"what varies besides w: {', '.join(AXES)}; steps: at equal network evaluations")
     values: tuple[str, ...] = option((), "its values, a row of the heat maps each")
 
@@ -74,30 +78,33 @@ from rlg.stats import Estimate, family, grouped_mean
 
 CFG, KERNEL, STEPS, SCHEDULE, NONE = AXES
 GRID = "grid.json"
-_META_KEY = {KERNEL: "sampler"}  # of an axis in meta.json, where it has another name
+_META_KEY = {KERNEL: "sampler"}  # key of an axis in meta.json, if it has another name there
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the images of a cell are."""
+    """The place of a cell's images."""
 
-    folder: str  # inside the grid's
+    folder: str  # name inside the grid's folder
     method: str
     w: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a grid is made of."""
+    """A grid with its evaluations."""
 
     axis: str
-    values: tuple[Any, ...]  # of the axis, a row each; (None,) for axis `none`
-    scales: tuple[float, ...]  # values of w, a column each
+    values: tuple[Any, ...]  # values of the axis, one a row; (None,) for axis `none`
+    scales: tuple[float, ...]  # values of w, one a column
     output: Path
-    evaluations: dict[str, EvalRequest]  # by folder inside the output
+    evaluations: dict[str, EvalRequest]  # keys are names of folders inside the output
 
     def source(self, value: Any, w: float) -> Source:
-        """The images of the cell of a row and a w."""
+        """The place of the images of a cell.
+
+        value: the row's value of the axis.
+        """
         if self.axis == STEPS and w == 1:
             return Source(folder_of(STEPS, value), TWICE, 1.0)
         return Source(folder_of(self.axis, 2 * value if self.axis == STEPS and w == 0 else value), RLG, w)
@@ -113,7 +120,10 @@ def _text(value: Any) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> Plan:
-    """The grid of a command line over a YAML file over the run's own settings. Raises ValueError."""
+    """The grid that a command line requests.
+
+    The command line overrides a YAML file, which overrides the run's own settings. Raises ValueError.
+    """
     options = evaluation.read(COMMAND, argv)
     scales = tuple(sorted({float(f"{w:g}") for w in options.w}))
     if options.axis is None:
@@ -144,25 +154,31 @@ def parse(argv: Sequence[str] | None) -> Plan:
 
 
 def _typed(axis: str, text: str) -> Any:
-    """A value of the axis, as the evaluator's command line reads it."""
+    """A value of the axis, converted as by the evaluator's command line."""
     value = getattr(evaluation.COMMAND.parse([f"--{axis}={text}"]), axis)
     return str(WeightSchedule.parse(value)) if axis == SCHEDULE else value
 
 
 def _rows(axis: str, values: Sequence[Any], scales: Sequence[float], more: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Folder -> which options it has besides those of all. more: methods that were asked for."""
+    """The own options of each folder's evaluation.
+
+    more: methods that the user requested.
+    """
     methods = tuple(dict.fromkeys([RLG, *more, *([TWICE] if axis == STEPS else [])]))
     if axis == NONE:
         return {folder_of(NONE, None): {"method": methods}}
     rows = {folder_of(axis, value): {axis: value, "method": methods} for value in values}
     if axis == STEPS and 0.0 in scales:
-        for value in values:  # the base of the same cost, where it is not in another row's folder
+        for value in values:  # the base of the same cost may already be in another row's folder
             rows.setdefault(folder_of(STEPS, 2 * value), {STEPS: 2 * value, "method": (RLG,), "w": (0.0,)})
     return rows
 
 
 def check_output(plan: Plan) -> None:
-    """Raise ValueError if the grid's folder holds something else, or a link that leads out of it."""
+    """Raise ValueError if the grid's folder holds something else.
+
+    A link that leads out of it is refused as well.
+    """
     check_links(plan.output)
     present = {file.name for file in folders.content(plan.output)}
     if present and not present & {GRID, *plan.evaluations}:
@@ -172,11 +188,12 @@ def check_output(plan: Plan) -> None:
 def tabulate(plan: Plan) -> dict[str, Any]:
     """The content of grid.json, from the evaluations' rows.
 
-    {"axis", "scales": [w], "meta": meta.json without the axis, "units": {REWARD: what it measures},
-     "rows": [{"value", "folder", "cells": [{"w", "method", "folder", "n", "nfe_per_image", "rewards": {REWARD:
-     {"mean", "ci95": [lo, hi], "delta_vs_tuned", "delta_vs_tuned_ci95": [lo, hi], "differs": bool}}}]}]}; intervals
-    are of 95%, a cell each. `differs` judges all cells of a reward together: where none differs in truth, one is said
-    to in 5% of grids (`stats.family`).
+        {"axis", "scales": [w], "meta": meta.json without the axis, "units": {REWARD: what it measures},
+         "rows": [{"value", "folder", "cells": [{"w", "method", "folder", "n", "nfe_per_image", "rewards": {REWARD:
+         {"mean", "ci95": [lo, hi], "delta_vs_tuned", "delta_vs_tuned_ci95": [lo, hi], "differs": bool}}}]}]}
+
+    Intervals are of 95%, for each cell alone. `differs` judges all cells of a reward together. If no cell differs in
+    truth, some cell is said to differ in 5% of grids (`stats.family`).
     """
     import rewards
 
@@ -197,7 +214,10 @@ def tabulate(plan: Plan) -> dict[str, Any]:
 
 
 def _judge(plan: Plan, found: Mapping[Source, list[Row]]) -> set[tuple[Source, str]]:
-    """(cell, reward) that surely differ from w = 1 of their row, among all cells of that reward."""
+    """`(cell, reward)` for cells that surely differ from their row's w = 1.
+
+    All cells of a reward are judged together.
+    """
     cells = [(value, w) for value in plan.values for w in plan.scales if w != 1]
     matched = {
         plan.source(value, w): pair(found[plan.source(value, w)], found[plan.source(value, 1.0)]) for value, w in cells
@@ -246,9 +266,10 @@ def _reward(name: str, rows: Sequence[Row], reference: Sequence[Row]) -> dict[st
 
 
 def run(plan: Plan) -> Path:
-    """Evaluate every cell that is missing and write the heat maps; returns the page.
+    """Evaluate every missing cell and write the heat maps.
 
-    Raises ValueError for settings of any row that do not fit the model, before the first image is made.
+    Returns the page. Raises ValueError for settings of any row that do not fit the model, before the first image is
+    made.
     """
     check_output(plan)
     loaded = evaluate.load(next(iter(plan.evaluations.values())))

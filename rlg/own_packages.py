@@ -1,7 +1,7 @@
-"""Refusal of another `rewards` or `trainers` that Python finds in place of ours.
+"""A guard against other packages named `rewards` or `trainers`.
 
-`python -m rlg.NAME` looks in the working directory first, where a user may keep a folder of that name. Only commands
-are guarded: beside `rlg.apply` a program may import packages of its own with these names.
+`python -m rlg.NAME` looks in the working directory first, where a user may have a folder of that name. Only commands
+are guarded. A program that uses `rlg.apply` may import its own packages of these names.
 """
 
 from __future__ import annotations
@@ -16,22 +16,28 @@ _HOME = Path(__file__).resolve().parent.parent
 
 
 class _Guard(MetaPathFinder):
-    """A finder that finds nothing, and ends the command where a package is not ours."""
+    """An import finder that ends the command for a foreign package.
+
+    It finds nothing itself.
+    """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Called by each import."""
+        """Check the package; each import calls this."""
         if fullname in PACKAGES:
             check(fullname)
 
 
 def guard() -> None:
-    """Have every later import of `rewards` and `trainers` in this process checked."""
+    """Check every later import of `rewards` and `trainers`."""
     if not any(isinstance(finder, _Guard) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Guard())
 
 
 def is_command() -> bool:
-    """Tell whether `python -m rlg` or `python -m rlg.NAME` is being started: Python looks for that module now."""
+    """Tell whether `python -m rlg` or `python -m rlg.NAME` is starting.
+
+    It is true while Python looks for that module.
+    """
     if sys.argv[:1] != ["-m"]:
         return False
     module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
@@ -39,7 +45,10 @@ def is_command() -> bool:
 
 
 def check(name: str) -> None:
-    """Print one line and exit with code 2 where Python finds another package of this name than ours."""
+    """Exit with code 2 if Python finds another package of this name.
+
+    One line explains it.
+    """
     from rlg.cli import stop
 
     found, ours = _find(name), _HOME / name

@@ -1,12 +1,11 @@
-"""Evaluations of several trainings as one claim: each training, and all of them together.
+"""Evaluations of several trainings, pooled into one claim.
 
     python -m rlg.pool runs/A-seed0/eval/ID runs/A-seed1/eval/ID runs/A-seed2/eval/ID --output results/NAME
 
-The evaluations differ in the adapter and in the seed of the noise, and in nothing else. Their rows are pooled by
-prompt, so that an interval says what other prompts would change; what another training would change is seen in the
-seeds, each of which is shown. Guidance is compared with the LoRA scaled by the same w, on the same noise.
-
-Writes summary.json, README.md, which has its tables, and the curves of all together.
+The evaluations may differ only in the adapter and in the seed of the noise. Their rows are pooled by prompt, so that
+an interval covers other prompts. It does not cover other trainings. These are covered by the seeds, and each seed is
+shown. Guidance is compared with the LoRA scaled by the same w, on the same noise. The output is summary.json,
+README.md with its tables, and the curves of all trainings together.
 """
 
 from __future__ import annotations
@@ -49,16 +48,19 @@ from rlg.reports.evaluation_figures import draw_curves
 from rlg.reports.theme import STYLE
 from rlg.stats import PERCENT, Estimate
 
-_OWN = {"adapter", "name", "seed", "created", "command"}  # of meta.json: what a training and its evaluation have alone
+_OWN = {"adapter", "name", "seed", "created", "command"}  # entries of meta.json that differ between trainings
 _SETTINGS = ("base", "trained_rewards", "prompts", "num_prompts", "k", "sampler", "level", "steps", "cfg", "schedule")
 _MADE_OF = (DIGESTS, VERSIONS)
-_DELTAS = {"delta_vs_base": 0.0, "delta_vs_tuned": 1.0}  # to the guided point of which w
+_DELTAS = {"delta_vs_base": 0.0, "delta_vs_tuned": 1.0}  # difference: w of the guided point that it refers to
 _OF_A_TRAINING = ("mean", "ci95", *(f"{key}{end}" for key in _DELTAS for end in ("", "_ci95")))
 Point = Mapping[str, Any]
 
 
-def together(runs: Sequence[Run]) -> Run:
-    """All rows as one evaluation. Raises ValueError for different settings, or the same noise."""
+def merged(runs: Sequence[Run]) -> Run:
+    """All rows as one evaluation.
+
+    Raises ValueError for different settings, or for the same noise.
+    """
     _check(runs)
     rows = [row for run in runs for row in run.rows]
     name = ", ".join(run.name for run in runs)
@@ -81,12 +83,12 @@ def pool(runs: Sequence[Run], pooled: Run) -> dict[str, Any]:
 
 
 def _public(value: Any) -> Any:
-    """A setting without the folder that it is in on this machine."""
+    """A setting without its folder on this machine."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _common(run: Run) -> dict[str, Any]:
-    """What meta.json says of the setting, and not of one training."""
+    """The entries of meta.json that all trainings share."""
     meta = {name: value for name, value in run.summary["meta"].items() if name not in _OWN}
     digests = {name: digest for name, digest in meta.get(DIGESTS, {}).items() if name not in _OWN}
     return meta | {DIGESTS: digests}
@@ -107,7 +109,7 @@ def _check(runs: Sequence[Run]) -> None:
 
 
 def _with_trainings(point: Point, runs: Sequence[Run]) -> dict[str, Any]:
-    """A pooled point whose rewards have those of the trainings beside them."""
+    """A pooled point with the rewards of each training added."""
     where = point["method"], point["w"]
     same = [other for run in runs for other in run.summary["points"] if (other["method"], other["w"]) == where]
     own = {
@@ -126,7 +128,10 @@ def _scaled(rows: Sequence[Row]) -> list[float]:
 
 
 def _against_lora(runs: Sequence[Run], rows: Sequence[Row], w: float) -> list[dict[str, Any]]:
-    """Guidance minus the LoRA times w: an entry a reward, pooled and by training."""
+    """Guidance minus the LoRA times w, for each reward.
+
+    An entry has the pooled difference and those of each training.
+    """
 
     def minus(some: Sequence[Row], name: str) -> Any:
         return difference(pair(_of(some, RLG, w), _of(some, LORA_SCALE, w)), name)
@@ -139,14 +144,17 @@ def _against_lora(runs: Sequence[Run], rows: Sequence[Row], w: float) -> list[di
 
 
 def _best(rows: Sequence[Row], reward: str) -> dict[str, Any] | None:
-    """The best w, chosen on every other prompt, and its difference to w = 1 on those between."""
+    """The best w, and its difference to w = 1.
+
+    It is chosen on every other prompt, and its difference is that of the prompts between.
+    """
     sweep = {w: _of(rows, RLG, w) for w in sorted({row.w for row in rows if row.method == RLG})}
     best = best_w(sweep, reward, sweep.get(1.0, ()))
     return None if best is None else {"w": best.w, "n": best.n, **named("delta_vs_tuned", best.delta)}
 
 
 def readme(summary: Mapping[str, Any], title: str, command: str) -> str:
-    """The tables of summary.json in Markdown."""
+    """A README with the tables of summary.json."""
     settings, names = summary["settings"], [row["name"] for row in summary["trainings"]]
     where = f"{settings['sampler']}, {settings['steps']} steps, CFG {settings['cfg']:g}"
     parts = [
@@ -212,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with fail_cleanly():
         options = COMMAND.parse(argv)
         runs = [read_run(folder) for folder in options.folders]
-        pooled = together(runs)
+        pooled = merged(runs)
         summary = pool(runs, pooled)
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / SUMMARY).write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")

@@ -1,22 +1,22 @@
-"""Draw a set of preference pairs in Pick-a-Pic's columns, of which the best reachable result is known.
+"""Draw preference pairs for which the best reachable result is known.
 
     python -m rlg.preferences --base tiny-sd3 --output runs/prefs-sd3 --pairs 2000 --utility composition
 
-Both images of a pair are the base model's, of one prompt, by the ODE sampler. A Bradley-Terry annotator of utility u
-(a mix of rewards, of the images as they are stored) and temperature T labels them,
+Both images of a pair come from the base model, for one prompt, by the ODE sampler. A Bradley-Terry annotator with
+utility u and temperature T labels them. The utility is a mix of rewards of the stored images.
 
-    P(the first wins) = sigmoid((u_0 - u_1) / T)
-
-so equal utilities are a coin flip, and no pair is a tie. DPO's optimum is then p_base * exp(u / (beta T)), with beta
-in nats of log-likelihood, and no reward model, implicit or not, is expected to agree with more than the share
-`ceiling` = E max(P, 1 - P) of the labels or to have a lower loss than `entropy` = E H(P), in nats.
+    P(the first wins) = sigmoid((u_0 - u_1) / T)            equal utilities: a coin flip; no pair is a tie
+    DPO's optimum     = p_base * exp(u / (beta T))          beta in nats of log-likelihood
+    ceiling           = E max(P, 1 - P)                     largest expected share of labels that a reward model meets
+    entropy           = E H(P), in nats                     least expected loss of a reward model, implicit or not
 
     train.parquet, test.parquet   jpg_0, jpg_1 (PNG files), label_0, label_1, caption; utility_0, utility_1,
                                   first_wins_probability, and the prompt's metadata as JSON
-    metadata.json                 what it was drawn with; for each split: counts, ceiling, entropy, and the share of
-                                  labels that the true utility agrees with (ties count half)
+    metadata.json                 the settings; for each split: counts, ceiling, entropy, and the share of labels that
+                                  the true utility agrees with (ties count half)
 
-The test split is of held-out prompts. Noise and labels follow from (seed, split) and are no evaluation's.
+The columns are Pick-a-Pic's. The test split has held-out prompts. Noise and labels follow from (seed, split), and no
+evaluation has the same noise.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ _FORMAT = "rlg preference pairs, Pick-a-Pic columns"
 
 @dataclass(frozen=True)
 class Split:
-    """The pairs of one split, N of them."""
+    """The N pairs of one split."""
 
     prompts: list[Prompt]
     png_N2: list[tuple[bytes, bytes]]
     utility_N2: Tensor  # float64
-    probability_N: Tensor  # that the first wins, float64
-    first_wins_N: Tensor  # what the annotator said, bool
+    probability_N: Tensor  # probability that the first wins, float64
+    first_wins_N: Tensor  # the annotator's verdict, bool
 
     def columns(self) -> dict[str, list[Any]]:
-        """As they are stored."""
+        """The columns as they are stored."""
         return {
             "caption": [prompt.text for prompt in self.prompts],
             "jpg_0": [pair[0] for pair in self.png_N2],
@@ -111,7 +111,7 @@ class Split:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and what can be reached."""
+        """Counts, ceiling and entropy."""
         gap_N = self.utility_N2[:, 0] - self.utility_N2[:, 1]
         agrees_N = torch.where(gap_N == 0, 0.5, ((gap_N > 0) == self.first_wins_N).double())
         return {
@@ -128,13 +128,19 @@ class Split:
 
 
 def win_probability(utility_N2: Tensor, temperature: float) -> Tensor:
-    """(N,) Bradley-Terry: the probability that the first of two wins, float64."""
+    """(N,) probabilities that the first of two wins, in float64.
+
+    They are those of Bradley and Terry.
+    """
     utility_N2 = utility_N2.double()
     return torch.sigmoid((utility_N2[:, 0] - utility_N2[:, 1]) / temperature)
 
 
 def annotate(utility_N2: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(N,) Bradley-Terry's probabilities that the first wins, and (N,) bool labels drawn with them."""
+    """Labels of pairs, drawn from their probabilities.
+
+    Returns (N,) Bradley-Terry's probabilities that the first wins, and (N,) bool labels.
+    """
     probability_N = win_probability(utility_N2, temperature)
     return probability_N, torch.rand(len(probability_N), generator=generator, dtype=torch.float64) < probability_N
 
@@ -153,14 +159,15 @@ def entropy(probability_N: Tensor) -> float:
 def draw(
     policy: Policy, utility: RewardMix, prompts: Sequence[Prompt], split: str, pairs: int, settings: PairSettings
 ) -> Split:
-    """Sample and label `pairs` pairs; prompts take turns, in a random order. Raises RewardError as the utility does.
+    """Sample and label `pairs` pairs.
 
-    What is drawn is a function of (settings.seed, split), of the prompts and of the model.
+    Prompts take turns, in a random order. The pairs are a function of (settings.seed, split), the prompts and the
+    model. Raises RewardError as the utility does.
     """
     seed = _seed_of(settings.seed, split)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(prompts), generator=generator).tolist()
-    turns = [(order[i % len(order)], i // len(order)) for i in range(pairs)]  # (prompt, its how-manieth pair)
+    turns = [(order[i % len(order)], i // len(order)) for i in range(pairs)]  # (prompt, index among its pairs)
     predict = with_cfg(policy.reference, policy.encode([""]), settings.cfg)
     schedule = policy.schedule(settings.steps, "ode", 0.0)
     files: list[bytes] = []
@@ -190,7 +197,10 @@ def draw(
 
 
 def _seed_of(seed: int, split: str) -> int:
-    """One of the split's own, so that neither the other split nor an evaluation starts from the same noise."""
+    """A seed of a split.
+
+    Neither the other split nor an evaluation starts from the same noise.
+    """
     digest = hashlib.blake2b(f"preferences/{seed}/{split}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -202,7 +212,7 @@ def _png(pixels_HW3: Tensor) -> bytes:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError for a folder that is not to be replaced."""
+    """Raise ValueError for a folder that must not be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not _is_ours(folder):
@@ -219,7 +229,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def write(folder: Path, splits: Mapping[str, Split], about: Mapping[str, Any], overwrite: bool = False) -> dict:
-    """Write a set, elsewhere until it is whole, and return its metadata. Raises ValueError as `check_output`."""
+    """Write a set, and return its metadata.
+
+    It is written elsewhere until it is whole. Raises ValueError as `check_output` does.
+    """
     check_output(folder, overwrite)
     metadata = {"format": _FORMAT, **about, "splits": {name: split.summary() for name, split in splits.items()}}
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -229,14 +242,17 @@ def write(folder: Path, splits: Mapping[str, Split], about: Mapping[str, Any], o
         datasets.Dataset.from_dict(split.columns()).to_parquet(str(temporary / f"{name}.parquet"))
     (temporary / METADATA).write_text(json.dumps(metadata, indent=1))
     folder.mkdir(parents=True, exist_ok=True)
-    for file in [*sorted(temporary.glob("*.parquet")), temporary / METADATA]:  # what else is in the folder stays
+    for file in [*sorted(temporary.glob("*.parquet")), temporary / METADATA]:  # other files in the folder stay
         file.replace(folder / file.name)
     temporary.rmdir()
     return metadata
 
 
 def run(options: PreferenceOptions) -> dict[str, Any]:
-    """Draw, label and write both splits; returns the metadata. Raises ValueError for what a user did wrong."""
+    """Draw, label and write both splits.
+
+    Returns the metadata. Raises ValueError for a user's mistake.
+    """
     import rewards
 
     sizes = {"train": options.pairs, "test": options.test_pairs}
@@ -270,7 +286,10 @@ def run(options: PreferenceOptions) -> dict[str, Any]:
 
 
 def report(metadata: Mapping[str, Any]) -> str:
-    """What was drawn, a line for the whole and one a split."""
+    """A summary of the pairs: first all, then each split.
+
+    It has one line for each.
+    """
     utility = " + ".join(f"{weight:g} {name}" for name, weight in metadata["utility"].items())
     lines = [f"{metadata['model']}, utility {utility}, temperature {metadata['temperature']:g}"]
     for name, row in metadata["splits"].items():

@@ -38,7 +38,7 @@ from rlg.publishing.hub_upload import push
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; prints the repository's address."""
+    """The command line; prints the repository's address."""
     with fail_cleanly():
         options = COMMAND.parse(argv)
         print(push(options.ckpt, options.repo, options.private, options.license))

@@ -1,13 +1,13 @@
-"""Report of an evaluation: scores.jsonl + meta.json -> summary.json, curves.png, curves.svg, report.html.
-
-A blend of two experts also gets pareto.png and pareto.svg, its w is lambda, and its ends are the experts.
+"""Report of an evaluation, or of several, as figures and a page.
 
     python -m rlg.report runs/NAME/eval/ID                     # files beside the scores
     python -m rlg.report runs/A/eval/ID runs/B/eval/ID         # one joint page, curves overlaid
     python -m rlg.report runs/A runs/B runs/sweeps/X           # trainings and sweeps: rlg.reports.comparison_data
 
-The page is one file that makes no network request. Its only script toggles a class on whatever carries the w under the
-slider: images, readouts, table rows, cursors in the curves. The numbers come from `rlg.evaluation.summary.summarise`.
+It reads scores.jsonl and meta.json, and writes summary.json, curves.png, curves.svg and report.html. A blend of two
+experts also gets pareto.png and pareto.svg. Its w is lambda, and its ends are the experts. The page is one file that
+makes no network request. Its only script shows the elements that carry the slider's w: images, readouts, table rows,
+cursors in the curves. The numbers come from `rlg.evaluation.summary.summarise`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with fail_cleanly():
         options = COMMAND.parse(argv)
         from rlg.reports.comparison_data import is_run
-        from rlg.reports.comparison_page import write_runs_report  # which reads evaluations by this module
+        from rlg.reports.comparison_page import write_runs_report
         from rlg.runs.sweep_folder import is_sweep
 
         if options.wandb or any(is_run(folder) or is_sweep(folder) for folder in options.folders):

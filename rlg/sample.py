@@ -1,10 +1,11 @@
-"""Make images from a base model and a tuned one, guided with w.
+"""Make images from base and tuned model, guided with w.
 
     python -m rlg.sample --ckpt runs/NAME/checkpoint-N --prompt "two red circles" --w 0 1 2 --output grid.png
 
-A row for each prompt and image number, a column for each w, all columns from the same noise. Plain diffusers does the
-sampling: `rlg.apply` wraps the pipeline's denoiser, so any pipeline and any scheduler will do. With `--correct` the
-project's own sampler does, and resamples each prompt's images towards base^(1-w) tuned^w (`rlg.guidance.corrector`).
+The image has a row for each prompt and image number, and a column for each w. All columns have the same noise. Plain
+diffusers samples: `rlg.apply` wraps the pipeline's denoiser, so that any pipeline and any scheduler work. With
+`--correct`, the project's own sampler resamples each prompt's images towards base^(1-w) tuned^w
+(`rlg.guidance.corrector`).
 """
 
 from __future__ import annotations
@@ -68,12 +69,15 @@ from rlg.models.tuned_model import resolve
 from rlg.prompts import Prompt
 from rlg.stats import ess, normalised
 
-_KINDS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # of images that --output may name
+_KINDS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # image formats of --output
 
 
 @torch.no_grad()
 def columns(pipe: Any, guide: diffusers.Guide, options: SampleOptions) -> list[list[Image.Image]]:
-    """Images by scale; each list holds the images of all prompts in order."""
+    """Images by w, in a list for each w.
+
+    Each list holds the images of all prompts in order.
+    """
     prompts = [text for text in options.prompt for _ in range(options.k)]
     ids = [SampleId(options.seed, prompt, k) for prompt in range(len(options.prompt)) for k in range(options.k)]
     result = []
@@ -86,7 +90,10 @@ def columns(pipe: Any, guide: diffusers.Guide, options: SampleOptions) -> list[l
 
 
 def corrected_columns(policy: Policy, options: SampleOptions) -> list[list[Image.Image]]:
-    """As `columns`, by the project's own sampler with its corrector; prints what each column's images are worth."""
+    """Images by w, made by the project's own sampler with its corrector.
+
+    It prints the effective share of each column's images.
+    """
     settings = EvalSettings(
         scales=tuple(options.w),
         methods=(CORRECTED,),
@@ -114,7 +121,10 @@ def corrected_columns(policy: Policy, options: SampleOptions) -> list[list[Image
 
 
 def check_output(file: Path, overwrite: bool) -> None:
-    """Raise ValueError for an image that is there already, or a name that no image can be written to."""
+    """Raise ValueError for an output that cannot be written.
+
+    The image exists already, or its name has no known suffix.
+    """
     check_new(file, overwrite)
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _KINDS}
     if file.suffix.lower() not in suffixes:
@@ -122,7 +132,10 @@ def check_output(file: Path, overwrite: bool) -> None:
 
 
 def _shares(weights: Sequence[np.ndarray], options: SampleOptions) -> str:
-    """What guidance without correction is worth, by the log-weights of each prompt's images."""
+    """The effective share of guidance without correction, as text.
+
+    weights: the log-weights of each prompt's images.
+    """
     share = float(np.mean([ess(log_K) for log_K in weights]))
     heaviest = float(np.mean([normalised(log_K).max() for log_K in weights]))
     text = f"without correction {options.k} images a prompt show an effective share of {share:.0%} (never under "
@@ -131,7 +144,10 @@ def _shares(weights: Sequence[np.ndarray], options: SampleOptions) -> str:
 
 
 def run(options: SampleOptions) -> Path:
-    """Sample and save the grid; returns its path. Raises ValueError for an existing output file."""
+    """Sample and save the grid.
+
+    Returns its path. Raises ValueError for an existing output file.
+    """
     check_output(options.output, options.overwrite)
     if options.k < 1 or options.steps < 1:
         raise ValueError("--k and --steps must be at least 1")

@@ -1,12 +1,13 @@
-"""What runs there are, how far they are and whether they still go on: trainings, evaluations and sweeps of a folder.
+"""Show the trainings, evaluations and sweeps of a folder.
 
     python -m rlg.status runs/               # a line each, the most recent first; --watch 10 refreshes it
     python -m rlg.status runs/ --json        # a list of objects, the fields of `Status`
 
-All of it is read from files, of metrics.jsonl the end alone. The step time is that of the last steps as the run itself
-measured it: evaluations and checkpoints between steps are not in it, so that the time left is a little short. A run
-goes on if a process holds its lock file. One that has no lock file is judged by its age: it is called running while
-its last line is younger than five of its steps, or two minutes. A folder that cannot be read is one line, too.
+A line says how far a run is, and whether it still goes on. Everything is read from files. Of metrics.jsonl, only the
+end is read. The step time is that of the last steps, as the run measured it. It does not include evaluations and
+checkpoints, so the time left is a little short. A run goes on if a process holds its lock file. Without a lock file, a
+run counts as running while its last line is younger than five of its steps, or two minutes. A folder that cannot be
+read is one line, too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def show(options: StatusOptions) -> None:
 
 
 def run(options: StatusOptions) -> None:
-    """Print the runs of a folder, once or until Ctrl-C. Raises ValueError for what makes no sense."""
+    """Print the runs of a folder, once or until Ctrl-C.
+
+    Raises ValueError for options that make no sense.
+    """
     if options.watch is not None and not 0 < options.watch < math.inf:
         raise ValueError(f"--watch needs a positive number of seconds, got {options.watch:g}")
     show(options)

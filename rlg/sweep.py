@@ -1,20 +1,19 @@
-"""Run a W&B sweep file here, without an account: one run after another, or several at a time.
+"""Run a W&B sweep file on this machine, without an account.
 
     python -m rlg.sweep configs/sweeps/grpo_tiny.yaml --runs 8                 # in turn
     python -m rlg.sweep configs/sweeps/evaluate.yaml --parallel 8              # eight at a time, as on eight GPUs
     wandb sweep FILE && wandb agent ID                                         # the same file with an account
 
-Parameters are drawn by W&B's own search library (the package `sweeps`: grid, random, bayes), and the command line is
-put together as `wandb agent` does. The same command again goes on: finished runs are kept, one that was cut off is
-continued (with --resume, where a trainer left a checkpoint), failed ones stay failed unless --retry_failed.
+W&B's own library draws the parameters (`sweeps`: grid, random, bayes). The command line is that of `wandb agent`. The
+same command continues a sweep. Finished runs are kept, and one that was cut off is continued (with --resume, if its
+trainer left a checkpoint). Failed runs stay failed without --retry_failed. `early_terminate` is ignored with a
+warning, and bayes cannot use `probabilities`. sweeps 0.3.0 asks for numpy<2, which the other packages cannot use;
+0.2.0 has the same search, and works with numpy 2.4.
 
-sweeps 0.3.0 asks for numpy<2, whose pin would take down what the rest needs; 0.2.0 does not, its search is the same,
-and both work with numpy 2.4. Its bayes search cannot use `probabilities`, and `early_terminate` is W&B's alone: here
-it is ignored, with a warning.
-
-A command finds in its environment: RLG_SWEEP_DIR, the sweep's folder; RLG_SWEEP_RUN, the run's name (its folder is
-RLG_SWEEP_DIR/RLG_SWEEP_RUN); RLG_SWEEP_SLOT, from 0 to parallel - 1, one for each run at a time, to choose a GPU by;
-RLG_REPORT_TO, `none` unless it is set. `wandb agent` sets WANDB_SWEEP_ID and WANDB_RUN_ID instead.
+    RLG_SWEEP_DIR     the sweep's folder, for the command
+    RLG_SWEEP_RUN     the run's name; its folder is RLG_SWEEP_DIR/RLG_SWEEP_RUN
+    RLG_SWEEP_SLOT    0 to parallel - 1, different for runs at the same time; it may choose a GPU
+    RLG_REPORT_TO     `none` unless it is set; `wandb agent` sets WANDB_SWEEP_ID and WANDB_RUN_ID instead
 """
 
 from __future__ import annotations
@@ -56,7 +55,10 @@ COMMAND = Command("python -m rlg.sweep", SweepOptions, __doc__)
 
 
 def run(argv: Sequence[str] | None = None) -> Sweep:
-    """Execute the sweep of a command line, and print the table's path. Raises ValueError for what cannot be run."""
+    """Execute the sweep of a command line, and print the table's path.
+
+    Raises ValueError for a sweep that cannot be run.
+    """
     options = COMMAND.parse(argv)
     for name in ("runs", "parallel"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -68,7 +70,8 @@ def run(argv: Sequence[str] | None = None) -> Sweep:
             f"method {config['method']} does not end by itself; give --runs, or run_cap in {options.file}"
         )
     folder = options.output or Path("runs") / "sweeps" / options.file.stem
-    command_line(config, draw(Sweep(config, options.seed), folder) or {})  # refused before anything is written
+    # A bad config raises here, before anything is written.
+    command_line(config, draw(Sweep(config, options.seed), folder) or {})
     check_links(folder)
     with folders.held(folder):
         sweep = open_sweep(folder, config, options.seed, files_of(config))
@@ -79,8 +82,11 @@ def run(argv: Sequence[str] | None = None) -> Sweep:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; exit code 1 if no run has finished."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    """The command line.
+
+    The exit code is 1 if no run has finished.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts as Ctrl-C
     try:
         with fail_cleanly():
             sweep = run(argv)

@@ -45,11 +45,11 @@ class Conditioning:
         return Conditioning({k: v.to(*args, **kwargs) for k, v in self.tensors.items()})
 
     def repeat_interleave(self, times: int) -> Conditioning:
-        """Each prompt `times` times in a row."""
+        """Repeat each prompt `times` times in a row."""
         return Conditioning({k: v.repeat_interleave(times, dim=0) for k, v in self.tensors.items()})
 
     def expand(self, batch: int) -> Conditioning:
-        """One prompt's conditioning for a whole batch, without a copy."""
+        """Expand one prompt's conditioning to a whole batch, without a copy."""
         return Conditioning({k: v.expand(batch, *v.shape[1:]) for k, v in self.tensors.items()})
 
     @staticmethod

@@ -38,7 +38,7 @@ class SampleId:
     k: int  # index of the image among those of the prompt
 
     def generator(self, purpose: str) -> torch.Generator:
-        """A generator of this sample's own, for one purpose."""
+        """A generator that belongs to this sample and one purpose."""
         text = f"{self.seed}/{self.prompt}/{self.k}/{purpose}"
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -118,7 +118,7 @@ class Step:
     i: int  # row of the schedule
     x_BCHW: Tensor  # before the step
     cond: Conditioning
-    outputs: Outputs  # of the network or of guidance, at x
+    outputs: Outputs  # outputs at x of the network or of guidance
     x_next_BCHW: Tensor
 
     @property
@@ -153,7 +153,7 @@ class Moved:
 
     x_BCHW: Tensor  # the loop goes on from it
     index_B: Tensor | None = None  # the previous row of each row of x; None if no row has moved
-    outputs: Outputs | None = None  # of `predict` at x and the next time, if the move has called it already
+    outputs: Outputs | None = None  # outputs at x and the next time, if the move has called `predict` already
 
 
 class Follower:

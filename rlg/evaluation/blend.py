@@ -81,7 +81,7 @@ class BlendSettings(EvalSettings):
         return BLEND_METHODS
 
     def sweeps(self) -> Iterator[tuple[str, tuple[float, ...]]]:
-        """(method, the lambdas that may share a batch)."""
+        """Each method, with the lambdas that may share a batch."""
         yield RLG, (0.0,)
         yield EXPERT, (0.0, 1.0)
         lambdas = tuple(w for w in self.scales if self.blend_scale != 1 or w not in (0.0, 1.0))
@@ -125,7 +125,7 @@ def check_pair(experts: Sequence[TunedModel], morl: Sequence[TunedModel], reward
 
 
 class BlendEvaluator(Evaluator):
-    """Makes and scores images of a policy that `load_experts` has prepared."""
+    """Make and score images of a policy that `load_experts` has prepared."""
 
     def __init__(self, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], settings: BlendSettings):
         super().__init__(policy, reward, prompts, settings)

@@ -72,7 +72,7 @@ class EvalSettings:
     seed: int
     batch_size: int  # images a batch
     origin: str | None = None  # file of an adapter that guidance starts from instead of the base
-    schedule: str = CONSTANT  # of w over the steps for method rlg, by its name in rlg.guidance.weight_schedule
+    schedule: str = CONSTANT  # schedule of w for method rlg, by its name in rlg.guidance.weight_schedule
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(w) for w in self.scales):

@@ -26,7 +26,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Method:
-    """One arm of an evaluation."""
+    """One method of an evaluation."""
 
     name: str  # name in scores.jsonl and summary.json
     label: str  # name in figures and tables
@@ -80,7 +80,7 @@ def method_of(record: Mapping[str, Any]) -> Any:
 
 
 def rules() -> tuple[str, ...]:
-    """Methods that are a rule of guidance of their own."""
+    """Methods with their own rule of guidance."""
     return tuple(name for name, method in METHODS.items() if method.rule)
 
 

@@ -55,7 +55,7 @@ class Corrector(Move):
             raise ValueError(f"the threshold of the effective share must be in [0, 1], got {threshold}")
         self.w_B, self.threshold = w_B.cpu(), threshold
         self.log_weight_B = torch.zeros(len(w_B), dtype=torch.float64)  # since the group's last resampling
-        self._gap_B: Tensor | None = None  # of the previous step
+        self._gap_B: Tensor | None = None  # gap of the previous step
         members: dict[Any, list[int]] = {}
         for row, group in enumerate(groups):
             members.setdefault(group, []).append(row)

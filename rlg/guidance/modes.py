@@ -121,9 +121,9 @@ class Mode:
 
     kind: str
     interval: WeightSchedule | None = None
-    every: int = 0  # of `reuse`
-    steps: tuple[int, ...] = ()  # of `reuse_at` and `scaled_but`
-    factor: float = 1.0  # of `scaled`
+    every: int = 0  # N in `reuse:N`
+    steps: tuple[int, ...] = ()  # I, J, ... in `reuse_at` and `scaled_but`
+    factor: float = 1.0  # F in `scaled:F`
     option: str = ""  # linear, carry or equal
     one_batch: bool = False
 

@@ -45,7 +45,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping by text, safely loaded. Raises ValueError if it is missing, malformed or no such mapping."""
+    """A YAML mapping with text keys, safely loaded.
+
+    Raises ValueError if the file is missing or malformed, or holds anything else.
+    """
     if not path.is_file():
         raise ValueError(f"no such config: {path}")
     if path.stat().st_size > _MAX_YAML:
@@ -67,7 +70,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, finite: bool = True) -> Any:
-    """A JSON value. Raises ValueError also for a key given twice, nesting beyond reason and, if `finite`, for NaN."""
+    """A JSON value.
+
+    Raises ValueError for malformed JSON, a key that is given twice, nesting beyond reason and, if `finite`, for NaN
+    and infinities.
+    """
     number = _finite if finite else float
     checks: dict[str, Any] = {"parse_constant": number, "parse_float": number, "parse_int": _integer}
     try:
@@ -79,7 +86,10 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, as `parse_json`. Raises ValueError that names the file."""
+    """A JSON object, read by `parse_json`.
+
+    Raises ValueError that names the file.
+    """
     try:
         row = parse_json(path.read_bytes())
     except ValueError as error:

@@ -37,13 +37,19 @@ def _is_number(text: str) -> bool:
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown. Cells are taken as they are: escape what is not ours first."""
+    """A table in Markdown.
+
+    Cells are written as they are. The caller must escape foreign texts.
+    """
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(path: Path, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Replace a CSV file. Raises OSError, which names it."""
+    """Replace a CSV file.
+
+    Raises OSError that names the file.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerows([cell(value) for value in row] for row in (heads, *rows))

@@ -48,7 +48,7 @@ _NOT_SWITCHED = ", which guidance can't switch between its passes"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read from disk."""
+    """An adapter, read from disk."""
 
     config: LoraConfig | None  # None for a diffusers file, whose header diffusers reads itself
     tensors: dict[str, Tensor]

@@ -55,7 +55,7 @@ def versions(more: Iterable[str] = ()) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _distributions() -> Mapping[str, list[str]]:
-    """Distributions by module; a second of reading, so it is done once."""
+    """Distributions by module; cached, because reading them takes a second."""
     return importlib.metadata.packages_distributions()
 
 
@@ -71,11 +71,10 @@ def record(
     rewards: Mapping[str, str] | None = None,
     packages: Iterable[str] = (),
 ) -> Record:
-    """Digests and versions of what some results are made of.
+    """Digests and versions of the parts of some results.
 
-    What is None, or nowhere on this machine, is left out. tuned: digests (`TunedModel.digest`) of adapters and full
-    networks, by their part in it. prompts: sets of them, also by that. rewards: where the models of rewards are, by
-    reward.
+    A part that is None, or that is not on this machine, is left out. tuned: digests (`TunedModel.digest`) of adapters
+    and full networks. prompts: prompt sets. rewards: places of the rewards' models. The keys are names of the parts.
     """
     digests = {**tuned, "base": of_model(base)} | {name: of_prompts(rows) for name, rows in prompts.items()}
     digests |= {f"reward {name}": of_model(place) for name, place in (rewards or {}).items()}
@@ -85,7 +84,7 @@ def record(
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Differences of two records, in words.
 
-    What only one of them knows is no difference.
+    A part that only one of them has is no difference.
     """
     pairs = [(part, name, _of(before, part).get(name), value) for part in now for name, value in now[part].items()]
     return [
@@ -103,9 +102,9 @@ def _of(record: Mapping[str, Any], part: str) -> dict[str, str]:
 
 
 def check(where: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], instead: str) -> None:
-    """Raise ValueError unless both records are of the same.
+    """Raise ValueError if two records differ.
 
-    Warns where the earlier one does not say of what. instead: what to do about it.
+    It warns if the earlier record has no digests. instead: advice for the message.
     """
     if changed := differences(before, now):
         raise ValueError(f"{where} was made of something else: {'; '.join(changed)}; {instead}")
@@ -116,7 +115,7 @@ def check(where: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], 
 def base_of(adapter: str | Path) -> str | None:
     """Digest of the base that an adapter was trained on.
 
-    None where its folder does not say.
+    It is None if the adapter's folder does not have it.
     """
     for name in (STATE, AVERAGE):
         file = Path(adapter) / name
@@ -126,13 +125,13 @@ def base_of(adapter: str | Path) -> str | None:
 
 
 def of_prompts(prompts: Sequence[Prompt]) -> str:
-    """Digest of prompts and metadata, whatever file they are from."""
+    """Digest of prompts and metadata, independent of their file."""
     rows = [[prompt.text, prompt.metadata] for prompt in prompts]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode("utf-8", "replace")).hexdigest()
 
 
 def of_model(place: str) -> str | None:
-    """Digest of a model, None where there is none.
+    """Digest of a model, or None if there is none.
 
     place: a file, a folder, a hub id whose files are in the cache, or a tinyworld's name.
     """
@@ -177,10 +176,10 @@ def of_data(place: str | Path) -> str | None:
 
 
 def of_files(files: Mapping[str, Path], ends_over: int | None = None) -> str | None:
-    """Digest (sha256) of names and contents, None of no files.
+    """Digest (sha256) of names and contents, or None without files.
 
-    Raises OSError for a file that cannot be read. ends_over: of a file with more bytes than this its size and both
-    ends count, not the whole.
+    ends_over: a file with more bytes than this counts with its size and its two ends, and not as a whole. Raises
+    OSError for a file that cannot be read.
     """
     if not files:
         return None
@@ -201,7 +200,10 @@ def _of_file(path: Path, ends_over: int | None) -> str:
 
 
 def _read(path: Path, size: int, changed: int, ends: bool) -> str:
-    """The file's sha256; `changed` is there for `_read_once`."""
+    """The file's sha256.
+
+    `changed` is part of the cache key of `_read_once`.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if ends:

@@ -49,7 +49,7 @@ class Source:
         return Path(paths[0]).parents[names[0].count("/")]
 
     def pickles(self) -> list[str]:
-        """The files that are pickles by their names."""
+        """The files that are pickles, by their suffixes."""
         return sorted(name for name in self.files if name.endswith(PICKLES))
 
 

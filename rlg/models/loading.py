@@ -91,7 +91,10 @@ def check_family(base: str) -> None:
 
 
 def location_of(base: str) -> str:
-    """Folder or hub id of a base model. Raises ValueError for what is neither."""
+    """Folder or hub id of a base model.
+
+    Raises ValueError for a name that is neither.
+    """
     from rlg import tinyworld
 
     if base in tinyworld.NAMES:

@@ -194,7 +194,7 @@ def attach(network: nn.Module, config: LoraConfig, name: str) -> None:
         inject_adapter_in_model(config, network, adapter_name=name)
 
 
-def choose(network: nn.Module, name: str) -> None:
+def activate(network: nn.Module, name: str) -> None:
     """Make an adapter the active one; the others are frozen."""
     for layer in layers(network):
         layer.set_adapter(name)

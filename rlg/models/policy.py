@@ -205,7 +205,7 @@ class Policy:
     def add_frozen_copy(self, name: str) -> list[nn.Parameter]:
         """Attach a frozen copy of the LoRA, and return its parameters."""
         lora.attach(self.network, copy.deepcopy(self.network.peft_config[adapter_files.NAME]), name)
-        lora.choose(self.network, adapter_files.NAME)
+        lora.activate(self.network, adapter_files.NAME)
         frozen = self._adapter(name)
         for parameter, source in zip(frozen, self.trainable(), strict=True):
             parameter.data = source.detach().clone()
@@ -244,7 +244,7 @@ class Policy:
             raise ValueError(f"{given}; give LoRAs")
         adapter = adapter_files.load(self.pipe, self.backbone.denoiser_name, model.adapter, name)
         adapter_files.to_float32(self.network, adapter, name)
-        lora.choose(self.network, adapter_files.NAME)
+        lora.activate(self.network, adapter_files.NAME)
         self.trainable()
 
     def predict_mixed(self, weights: Mapping[str, float], x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
@@ -306,7 +306,10 @@ class Policy:
 
 
 def _encoding(backbone: Backbone, t5_length: int | None, base: str) -> dict[str, int]:
-    """Options of the backbone's `encode`. Raises ValueError for a length that the family has not."""
+    """Options of the backbone's `encode`.
+
+    Raises ValueError for a length that the family does not have.
+    """
     if t5_length is None:
         return {}
     if not 1 <= t5_length <= backbone.max_t5_length:

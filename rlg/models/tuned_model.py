@@ -18,7 +18,10 @@ from rlg.models.backbones.networks import MAIN_DENOISERS
 
 @dataclass(frozen=True, eq=False)
 class TunedModel:
-    """An adapter or a full fine-tuned network. `adapter`, `base` and `digest` raise ValueError for damaged files."""
+    """An adapter or a full fine-tuned network.
+
+    `adapter`, `base` and `digest` raise ValueError for damaged files.
+    """
 
     path: str  # the path or hub id that the user gave
     source: hub.Source  # its files

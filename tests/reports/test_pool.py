@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rlg.pool import main, pool, together
+from rlg.pool import main, merged, pool
 from rlg.reports.evaluation_data import read_run
 from tests.reports.test_report import write_evaluation
 
@@ -39,7 +39,7 @@ def _evaluations(tmp_path: Path, **meta: object) -> list[Path]:
 
 def test_pooled_differences_by_hand(tmp_path: Path) -> None:
     runs = [read_run(folder) for folder in _evaluations(tmp_path)]
-    summary = pool(runs, together(runs))
+    summary = pool(runs, merged(runs))
     points = {(point["method"], point["w"]): point for point in summary["points"]}
     assert points["rlg", 1.0]["n"] == 48  # 2 trainings, 12 prompts, 2 images
     fit = points["rlg", 2.0]["rewards"]["fit"]
@@ -90,7 +90,7 @@ def test_what_is_no_one_claim_is_refused(tmp_path: Path, change: dict, message: 
     meta = json.loads((folders[1] / "meta.json").read_text())
     (folders[1] / "meta.json").write_text(json.dumps(meta | change))
     with pytest.raises(ValueError, match=message):
-        together([read_run(folder) for folder in folders])
+        merged([read_run(folder) for folder in folders])
 
 
 def test_one_noise_twice_is_refused(tmp_path: Path) -> None:
@@ -98,4 +98,4 @@ def test_one_noise_twice_is_refused(tmp_path: Path) -> None:
         write_evaluation(tmp_path / name, _lines(0, 1.0), images=False, name=name, seed=0) for name in ("a", "b")
     ]
     with pytest.raises(ValueError, match="start from the same noise"):
-        together([read_run(folder) for folder in folders])
+        merged([read_run(folder) for folder in folders])

@@ -20,7 +20,10 @@ __all__ = ["BACKBONES", "Backbone", "backbone_of", "pipeline_cfg"]
 
 
 def backbone_of(pipe: Any) -> Backbone:
-    """The backbone of a diffusers pipeline, or of a pipeline's class name. Raises ValueError for an unknown family."""
+    """The backbone of a diffusers pipeline, or of a pipeline's class name.
+
+    Raises ValueError for an unknown family.
+    """
     name = pipe if isinstance(pipe, str) else type(pipe).__name__
     if name not in BACKBONES:
         raise ValueError(f"no backbone for {name}; known: {', '.join(BACKBONES)}")

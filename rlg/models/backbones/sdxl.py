@@ -18,9 +18,9 @@ from rlg.models.backbones.sd import UNET_LORA_TARGETS
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> Conditioning:
-    """Hidden states, pooled embedding and pixels a latent.
+    """Hidden states, pooled embedding, and pixels a latent.
 
-    The empty prompt is zeros where the pipeline's config says so, as in its own classifier-free guidance.
+    The empty prompt is zeros if the pipeline's config says so, as in its own classifier-free guidance.
     """
     device = pipe.text_encoder.device
     embeds, _, pooled, _ = pipe.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
