@@ -1,4 +1,7 @@
-"""Diffusion-DPO: `accelerate launch train_dpo.py --config configs/tiny/dpo_sd3.yaml`; --online: on its own samples."""
+"""Diffusion-DPO, offline, or with --online on own samples.
+
+accelerate launch train_dpo.py --config configs/tiny/dpo_sd3.yaml
+"""
 
 from rlg.cli import fail_cleanly
 from trainers.commands import TRAINERS

@@ -1,21 +1,24 @@
-"""Diffusion-DPO for noise, velocity and flow models, offline on preference pairs or online on its own samples.
+"""Diffusion-DPO, offline on preference pairs or online on own samples.
 
-arXiv 2311.12908; for flow models, and online pairs, Flow-GRPO's train_sd3_dpo.py.
+The paper is arXiv 2311.12908. The form for flow models and the online pairs follow Flow-GRPO's train_sd3_dpo.py.
 
     L = -log sigmoid( -beta/2 [ (|out(x_t^w) - y^w|^2 - |ref(x_t^w) - y^w|^2) - (the same of the loser) ] )
 
-x_t = alpha x0 + sigma n, with one t and one noise n for winner and loser; y is the model's own training target; |.|^2
-are means over latent dimensions; ref is the network with its adapter off.
+    x_t      alpha x0 + sigma n, with one t and one noise n for winner and loser
+    y        the model's own training target
+    |.|^2    mean over latent dimensions
+    ref      the network with its adapter off
+    beta     the paper's, with the factor 1/2: 5000 for models of noise, 100 for flow models. diffusers' LoRA script
+             leaves the 1/2 out: its beta_dpo 2500 is 5000 here
 
-beta has the paper's convention, with the factor 1/2: 5000 for models of noise, 100 for flow models. diffusers' LoRA
-script leaves the 1/2 out: its beta_dpo 2500 is 5000 here. The margin m is the argument of the sigmoid above:
+The margin m is the argument of the sigmoid. Two other losses use it:
 
     hinge   max(0, 1 - m)
     ipo     (m - 1/2)^2 = beta^2 (m / beta - 1 / (2 beta))^2             (arXiv 2310.12036, eq. 17, with tau = beta)
 
-IPO regresses the log-ratio of the policies, which is m / beta, on 1 / (2 beta), so that the margin it aims at is 1/2
-at every beta. Its factor beta^2 keeps the gradient, hence its clipping, at the size of the sigmoid's; diffusers'
-script has none, and with its own beta its loss is ours times 4 / beta^2.
+IPO regresses the log-ratio of the policies, m / beta, on 1 / (2 beta). The margin's target is thus 1/2 at every beta.
+The factor beta^2 keeps the gradient, and so the effect of clipping, at the size of the sigmoid's. diffusers' script
+has no such factor: with its own beta, its loss is ours times 4 / beta^2.
 
 Deviations from the public code
 1. Pairs without a preference are dropped and counted (diffusers' script trains on them as if the first had won).
@@ -55,7 +58,10 @@ from trainers.dpo_config import DPOConfig
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean squared errors of pairs, (B,) each; the model's have a gradient."""
+    """Mean squared errors of B pairs, (B,) each.
+
+    Those of the model have a gradient.
+    """
 
     winner_B: Tensor
     loser_B: Tensor
@@ -64,13 +70,19 @@ class Errors:
 
 
 def margin(errors: Errors, beta: float) -> Tensor:
-    """(B,) what the loss takes a sigmoid of: the implicit reward of the winner less that of the loser."""
+    """(B,) margins: implicit rewards of the winners less those of the losers.
+
+    The loss takes a sigmoid of them.
+    """
     model_B, ref_B = errors.winner_B - errors.loser_B, errors.ref_winner_B - errors.ref_loser_B
     return -0.5 * beta * (model_B - ref_B)
 
 
 def accuracy(margin_B: Tensor) -> Tensor:
-    """Share of margins above 0; exactly 0 counts as half (the official code's rule)."""
+    """Share of margins above 0.
+
+    A margin of exactly 0 counts as half: this is the official code's rule.
+    """
     return (margin_B > 0).float().mean() + 0.5 * (margin_B == 0).float().mean()
 
 
@@ -98,7 +110,10 @@ def dpo_loss(errors: Errors, beta: float, loss_type: str = "sigmoid") -> tuple[T
 
 @dataclass(frozen=True)
 class LatentPairs:
-    """B pairs as the loss takes them; the two conditionings differ in sizes and crops alone."""
+    """B pairs of latents, as the loss takes them.
+
+    The two conditionings differ in sizes and crops alone.
+    """
 
     winner_BCHW: Tensor
     loser_BCHW: Tensor
@@ -107,27 +122,33 @@ class LatentPairs:
 
 
 def noisier(whole: Process, share: float) -> Process:
-    """The process, of which no noise level below this share of its rows is drawn.
+    """The process without noise levels below this share of its rows.
 
-    Where objects go is decided at high noise, and in the error of predicted noise the low levels outweigh it.
+    High noise decides where objects go. In the error of predicted noise, the low levels outweigh it.
     """
     density = whole.density * (torch.arange(len(whole.density)) >= share * len(whole.density))
     return replace(whole, density=density / density.sum())
 
 
 class PairLoss:
-    """The loss of latent pairs under a trainer's policy, for both trainers."""
+    """The loss of latent pairs under a trainer's policy.
+
+    Offline and online DPO share it.
+    """
 
     def __init__(self, trainer: Trainer, config: DPOConfig):
         self.policy, self.accelerator, self.config = trainer.policy, trainer.accelerator, config
         self.process = noisier(trainer.policy.process(trainer.config.resolution), config.min_noise)
 
     def __call__(self, pairs: LatentPairs, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss at one random noise level a pair."""
+        """(loss, metrics) at one random noise level a pair."""
         return dpo_loss(self.errors(pairs, generator), self.config.beta, self.config.loss_type)
 
     def errors(self, pairs: LatentPairs, generator: torch.Generator) -> Errors:
-        """At one random noise level a pair, shared by winner and loser as the noise is."""
+        """Errors at one random noise level a pair.
+
+        Winner and loser share the level and the noise.
+        """
         x0 = torch.cat([pairs.winner_BCHW, pairs.loser_BCHW])
         count, *shape = pairs.winner_BCHW.shape
         total = count * self.accelerator.num_processes
@@ -143,18 +164,24 @@ class PairLoss:
         return Errors(*model_B.split(count), *ref_B.split(count))
 
     def drop_captions(self, captions: Sequence[str], generator: torch.Generator) -> list[str]:
-        """The captions, some of them emptied."""
+        """The captions, a random part of them emptied."""
         draws = torch.rand(len(captions) * self.accelerator.num_processes, generator=generator)
         dropped = self._own(draws) < self.config.caption_dropout
         return ["" if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
 
     def _own(self, draws: Tensor) -> Tensor:
-        """This process's share: all draw for the whole batch alike, so that their number changes nothing."""
+        """This process's share of draws for the whole batch.
+
+        Every process draws them all, so that the number of processes changes nothing.
+        """
         return draws.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
 
 class PairEncoder:
-    """Pairs of pixels and captions -> pairs of latents and conditionings, kept in memory where the config says so."""
+    """Encoder of pairs of images and captions.
+
+    It keeps latents and conditionings in memory where the config says so.
+    """
 
     def __init__(self, policy: Policy, config: DPOConfig, resolution: int):
         self.policy, self.config, self.resolution = policy, config, resolution
@@ -163,7 +190,7 @@ class PairEncoder:
 
     @torch.no_grad()
     def __call__(self, batch: PairBatch, captions: Sequence[str]) -> LatentPairs:
-        """The batch with these captions."""
+        """The batch's pairs, encoded with these captions."""
         winners, losers = self._encode_images(batch)
         cond = self._encode(captions)
         if not self.config.true_sizes:
@@ -195,7 +222,7 @@ class PairEncoder:
 
 
 class DPOTrainer(Trainer):
-    """Pairs from a data set; see the module's docstring."""
+    """Trainer on pairs from a data set; see the module's docstring."""
 
     shown = ("loss", "accuracy", "margin", "seconds_per_pair")
     config: DPOConfig
@@ -211,7 +238,10 @@ class DPOTrainer(Trainer):
         eval_prompts: Prompts | None = None,
         accelerator: Accelerator | None = None,
     ):
-        """Take what is given, and the rest by its name in the config; see `setup.Given` and `Trainer`."""
+        """Take what is given; load the rest by the config.
+
+        See `setup.Given` and `Trainer`.
+        """
         if config.online:
             raise ValueError("online is on: OnlineDPOTrainer trains on its own samples, DPOTrainer on pairs")
         given = Given(policy=policy, reward=reward, data=data, held_out=held_out, eval_prompts=eval_prompts)
@@ -228,11 +258,11 @@ class DPOTrainer(Trainer):
         return PairEncoder(self.policy, self.config, self._resolution)
 
     def save_place(self, step: int, folder: Path) -> None:
-        """Write where the pairs are before iteration `step`."""
+        """Write how far the pairs are read before iteration `step`."""
         self.batches.save_place(step * self.config.accumulation_steps, folder)
 
     def load_place(self, step: int, folder: Path) -> None:
-        """Go on from there."""
+        """Read on from the place in a checkpoint."""
         self.batches.load_place(step * self.config.accumulation_steps, folder)
 
     @property
@@ -254,12 +284,15 @@ class DPOTrainer(Trainer):
         return Batches(pairs, size, self._resolution, config.seed, crop, rank, world)
 
     def record(self) -> Record:
-        """Digests and versions of what the run is made of."""
+        """Digests and versions of the files and packages behind the run."""
         prompts = {"eval_prompts": self.eval_prompts}
         return provenance.record(self.config, self.accelerator, prompts, self.config.data)
 
     def iteration(self, log: Log | None = None) -> dict[str, float]:
-        """One optimizer step; what it is trained on depends on (seed, step) alone."""
+        """Take one optimizer step.
+
+        Its data depends on (seed, step) alone.
+        """
         started, config = time.perf_counter(), self.config
         self.begin_updates(config.accumulation_steps)
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + self.state.step) * 1009)
@@ -278,7 +311,7 @@ class DPOTrainer(Trainer):
         return self.mean_metrics(collected) | {"pairs": counters["pairs"], "seconds_per_pair": seconds / pairs_seen}
 
     def _next_batches(self) -> Iterator[PairBatch]:
-        """The batches of this step, read ahead in the background from the first step on."""
+        """The batches of this step, read ahead in the background."""
         count = self.config.accumulation_steps
         if self._stream is None:
             first, last = self.state.step * count, self.config.max_steps * count
@@ -288,11 +321,17 @@ class DPOTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Rewards of held-out prompts, and how well the implicit reward orders held-out pairs."""
+        """Measure rewards of held-out prompts, and the accuracy on held-out pairs.
+
+        Accuracy says how often the implicit reward orders a pair as its label does.
+        """
         return super().evaluate() | (self._test() if self.test else {})
 
     def _test(self) -> dict[str, float]:
-        """A pair's margin is the mean over the same noise levels and noises in every evaluation."""
+        """Measure the margins of held-out pairs.
+
+        A margin is a mean over noise levels and noises. They are the same in every evaluation.
+        """
         config, accelerator = self.config, self.accelerator
         count = min(config.test_pairs, len(self.test.data))
         margins = []
@@ -311,13 +350,19 @@ class DPOTrainer(Trainer):
 
 
 class OnlineDPOTrainer(AdvantageTrainer):
-    """Pairs are the best and the worst of each group of the policy's own samples, under the reward."""
+    """Trainer on pairs of the policy's own samples.
+
+    A pair is the best and the worst of a group under the reward.
+    """
 
     shown = ("reward", "loss", "accuracy", "seconds_per_image")
     config: DPOConfig
 
     def load(self, given: Given) -> None:
-        """Load rewards and prompts. Raises ValueError for a config of offline DPO."""
+        """Load rewards and prompts.
+
+        Raises ValueError for a config of offline DPO.
+        """
         if not self.config.online:
             raise ValueError("online is off: DPOTrainer trains on pairs, OnlineDPOTrainer on its own samples")
         super().load(given)
@@ -328,12 +373,15 @@ class OnlineDPOTrainer(AdvantageTrainer):
         return PairLoss(self, self.config)
 
     def rollout(self) -> Samples:
-        """Sample this process's groups with the policy as it is."""
+        """Sample this process's groups with the current policy."""
         generator = torch.Generator().manual_seed(self.iteration_seed())
         return self.sample_groups(self.policy.predict, self.parts(generator, whole_groups=True))
 
     def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
-        """All optimizer steps of the iteration; a group whose images score alike has no pair and a loss of 0."""
+        """Take all optimizer steps of the iteration.
+
+        A group whose images score alike has no pair; its loss is 0.
+        """
         config = self.config
         x0, size = torch.cat(samples.latents), config.num_generations
         best, worst, differ = best_and_worst(advantage_B.cpu().view(-1, size))
@@ -356,12 +404,16 @@ class OnlineDPOTrainer(AdvantageTrainer):
 
 
 def best_and_worst(score_GK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(indices of the best, of the worst, whether they differ) of G groups of K samples that follow one another."""
+    """Find the best and the worst sample of each of G groups.
+
+    Returns (indices of the best, of the worst, a flag that says if they differ). K samples of a group follow one
+    another.
+    """
     start_G = torch.arange(len(score_GK)) * score_GK.shape[1]
     best_G, worst_G = score_GK.argmax(dim=1), score_GK.argmin(dim=1)
     return start_G + best_G, start_G + worst_G, best_G != worst_G
 
 
 def trainer_of(config: DPOConfig) -> type[DPOTrainer] | type[OnlineDPOTrainer]:
-    """The trainer of a config: of pairs that exist, or online."""
+    """The trainer of a config: offline or online."""
     return OnlineDPOTrainer if config.online else DPOTrainer

@@ -1,4 +1,4 @@
-"""Options of Diffusion-DPO, offline and online, see `trainers.dpo`."""
+"""Options of Diffusion-DPO, offline and online; see `trainers.dpo`."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class LossOptions(TrainConfig):
             raise ValueError(f"caption_dropout must be between 0 and 1, got {self.caption_dropout}")
 
     def trained_at_once(self) -> int:
-        """Rows of the batch: winners and losers."""
+        """Rows of the batch that get a gradient: winners and losers."""
         return 2 * self.batch_size
 
 
 @dataclass(kw_only=True)
 class OfflineOptions(PairConfig):
-    """Options of pairs as a diffusion model is trained on them."""
+    """Options of training a diffusion model on existing pairs."""
 
     random_crop: bool = field(default=False, metadata={"help": "crop at a random place instead of the centre"})
     true_sizes: bool = field(
@@ -57,7 +57,7 @@ class OfflineOptions(PairConfig):
 
 @dataclass(kw_only=True)
 class DPOConfig(LossOptions, OfflineOptions, AdvantageConfig):
-    """Options of DPO, on pairs that exist, or online, on pairs of its own samples.
+    """Options of DPO, on existing pairs or, online, on own samples.
 
     An online pair is the best and the worst of a group under the reward. Options of the other kind are refused.
     """
@@ -77,13 +77,13 @@ class DPOConfig(LossOptions, OfflineOptions, AdvantageConfig):
             raise ValueError(f"{', '.join(idle)} is of the other kind of DPO: {fix}")
 
     def idle_options(self) -> dict[str, Any]:
-        """Those of the other kind of DPO."""
+        """Default by name of the options of the other kind of DPO."""
         if self.online:
             return own_options(OfflineOptions, RunConfig)
         return own_options(AdvantageConfig, TrainConfig)
 
     def check_inputs(self, given: Collection[str] = ()) -> None:
-        """Raise ValueError without pairs, or online without a reward or prompts."""
+        """Raise ValueError without pairs or, online, without reward or prompts."""
         if self.online:
             AdvantageConfig.check_inputs(self, given)
         else:
@@ -91,7 +91,10 @@ class DPOConfig(LossOptions, OfflineOptions, AdvantageConfig):
             self.check_pairs(given)
 
     def derived(self, processes: int) -> dict[str, int]:
-        """Counts that follow from the sizes; online, whole groups lie on one process."""
+        """Counts that follow from the sizes.
+
+        Online, all samples of a group lie on one process.
+        """
         if not self.online:
             return PairConfig.derived(self, processes)
         if self.num_prompts % (processes * self.num_updates):

@@ -1,30 +1,31 @@
 """GRPO for diffusion and flow models, one trainer for all families.
 
-Flow-GRPO (arXiv 2505.05470), DanceGRPO (arXiv 2505.07818), DDPO (arXiv 2305.13301) on DDIM kernels.
+It covers Flow-GRPO (arXiv 2505.05470), DanceGRPO (arXiv 2505.07818) and DDPO (arXiv 2305.13301) on DDIM kernels.
 
     J = E[ 1/S sum_i min(rho_i A, clip(rho_i, 1 - epsilon, 1 + epsilon) A) ] - beta KL(pi_theta || pi_ref)
     rho_i = exp(log pi_theta(x_{i+1} | x_i) - log pi_old(x_{i+1} | x_i)),   A = (R - mean_group) / std
 
-Log-probabilities are means over latent dimensions (every published epsilon, 1e-4 or 1e-5, presumes that), the loss is
-taken per denoising step, and gradients accumulate over steps. KL, with gradient, to the model with its adapter off:
+Log-probabilities are means over latent dimensions; every published epsilon, 1e-4 or 1e-5, presumes that. The loss is
+taken at each denoising step, and gradients accumulate over steps. The reference of the KL is the model with its
+adapter off. The KL has a gradient, and one of two conventions:
 
     kl_convention "gaussian"   the true KL of the two kernels, |mean - mean_ref|^2 / (2 std^2)
     kl_convention "flow_grpo"  without dt, |mean - mean_ref|^2 / (2 std^2 / dt): Flow-GRPO's published beta is in it
 
 Deviations from the public code
 1. Samples are shuffled before the rollout, not after it, and a training minibatch is a rollout batch: the ratio is
-   exactly 1 before the first update, also where kernels are not batch-invariant. With `update_batch_size`, which makes
-   it a part of that batch or several steps of it, the ratio is 1 up to the rounding of those kernels.
+   exactly 1 before the first update, also where kernels are not batch-invariant. `update_batch_size` makes a minibatch
+   a part of that batch, or several of its steps; the ratio is then 1 up to the rounding of those kernels.
 2. `num_train_steps` trains on a random subset of the stochastic steps, the same for the whole batch.
 3. Groups are keyed by the prompt's index in its data set, not by its text.
 4. Prompts, noise and the window depend on (seed, iteration) alone, so that resuming, and any number of processes,
    give the same rollouts.
-5. Without a KL (beta = 0), samples whose advantage is exactly 0 get no pass: what they add to the gradient is 0. The
-   loss is still the mean over all; `approx_kl`, `clip_fraction` and `ratio_max` are of the others.
-6. Under classifier-free guidance the gradient goes through both branches: that is the gradient of what is sampled, and
-   that of DDPO, DanceGRPO and the code behind Flow-GRPO's published models. Flow-GRPO's later code (July 2025 on)
-   detaches the unconditional branch: `detach_unconditional`. In a first update of tiny-sd3 at CFG 4.5 that gradient is
-   three times as long, and its cosine with the other is 0.79.
+5. Without a KL (beta = 0), samples whose advantage is exactly 0 get no pass, since they add 0 to the gradient. The
+   loss is still the mean over all samples; `approx_kl`, `clip_fraction` and `ratio_max` are of the others.
+6. Under classifier-free guidance the gradient goes through both branches: it is the gradient of the policy that
+   samples. DDPO, DanceGRPO and the code behind Flow-GRPO's published models do the same. Flow-GRPO's later code (from
+   July 2025) detaches the unconditional branch: `detach_unconditional`. In a first update of tiny-sd3 at CFG 4.5 that
+   gradient is three times as long, and its cosine with the other is 0.79.
 
     accelerate launch train_grpo.py --config configs/tiny/grpo_sd3_compressibility.yaml
 """
@@ -72,9 +73,9 @@ def grpo_loss(
 
 
 def guard_log_ratio(log_ratio_B: Tensor, mean_BCHW: Tensor, old_mean_BCHW: Tensor, std: float) -> Tensor:
-    """GRPO-Guard (arXiv 2510.22319): the log-ratio without its negative bias, and with equal scale in every step.
+    """Log-ratio of GRPO-Guard (arXiv 2510.22319): unbiased, with equal scale at every step.
 
-    The mean of log rho under the old policy is -|mean - old_mean|^2 / (2 std^2): it is added back, and the result is
+    The mean of log rho under the old policy is -|mean - old_mean|^2 / (2 std^2). It is added back, and the result is
     multiplied by std.
     """
     bias_B = ((mean_BCHW - old_mean_BCHW) ** 2).flatten(1).mean(dim=1) / (2 * std**2)
@@ -83,34 +84,38 @@ def guard_log_ratio(log_ratio_B: Tensor, mean_BCHW: Tensor, old_mean_BCHW: Tenso
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass of the network in the update is over: the samples [start, stop) of a batch, each at some steps."""
+    """One pass of the network in the update.
+
+    It takes samples [start, stop) of a batch, each at the same steps.
+    """
 
     batch: int
     steps: tuple[int, ...]
     start: int
     stop: int
-    kept: Tensor | None = None  # indices, from start on, of the samples that are run; None: all
+    kept: Tensor | None = None  # indices of the samples that are run, counted from start; None: all
 
     @property
     def share(self) -> float:
-        """Of the samples that it stands for, those that it runs."""
+        """Share of its samples that are run."""
         return 1.0 if self.kept is None else len(self.kept) / (self.stop - self.start)
 
     def rows(self, values_B: Any) -> Any:
-        """Its samples of something that has one entry, or row, for each of the batch."""
+        """Select its samples from values of the whole batch."""
         values_b = values_B[self.start : self.stop]
         return values_b if self.kept is None else values_b[self.kept]
 
 
 def passes(batch: int, advantage_B: Tensor, steps: Sequence[int], size: int, skip_zeros: bool) -> list[Pass]:
-    """A batch of B samples at its steps, in passes of `size` samples times steps, which B divides or is divided by.
+    """Cut an update of B samples at some steps into passes.
 
-    With `skip_zeros` they run only the samples whose advantage, on the CPU, is not 0, but at least one: the number of
-    passes is the same on every process, as a pass may be a collective operation.
+    A pass has `size` pairs of sample and step; B divides size, or size divides B. With `skip_zeros` a pass runs only
+    the samples whose advantage, on the CPU, is not 0, but at least one. Every process thus makes the same number of
+    passes: a pass may be a collective operation.
     """
     count = len(advantage_B)
-    together = max(1, size // count)
-    groups = [tuple(steps[i : i + together]) for i in range(0, len(steps), together)]
+    steps_a_pass = max(1, size // count)
+    groups = [tuple(steps[i : i + steps_a_pass]) for i in range(0, len(steps), steps_a_pass)]
     edges = range(0, count, min(size, count))
     parts = [Pass(batch, group, start, start + edges.step) for group in groups for start in edges]
     return [replace(p, kept=_nonzero(p.rows(advantage_B))) for p in parts] if skip_zeros else parts
@@ -123,7 +128,10 @@ def _nonzero(advantage_B: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One process's share of an iteration's images, as batches that training goes through again."""
+    """One process's share of an iteration's images.
+
+    The update goes through its batches again.
+    """
 
     batches: list[Trajectory]
     conds: list[Conditioning]
@@ -136,13 +144,16 @@ class Rollout:
 
 
 class GRPOTrainer(AdvantageTrainer):
-    """Rollout, reward, advantages, update; see the module's docstring."""
+    """Trainer of rollout, reward, advantages and update; see the module's docstring."""
 
     maxima = ("ratio_max",)
     config: GRPOConfig
 
     def set_up(self) -> None:
-        """Add the policy that is trained. Raises ValueError for steps that the kernel has not."""
+        """Add the policy that is trained.
+
+        Raises ValueError for steps that the kernel has not.
+        """
         config = self.config
         self.trained_with_cfg = with_cfg(self.policy.predict, self.negative, config.cfg, config.detach_unconditional)
         _, steps = self._schedule(torch.Generator())
@@ -158,11 +169,14 @@ class GRPOTrainer(AdvantageTrainer):
             )
 
     def sampler(self, steps: int) -> Schedule:
-        """The kernel that is trained, stochastic in every step."""
+        """The kernel that is trained, stochastic at every step."""
         return self.schedule(steps, self.config.kernel, self.config.level)
 
     def rollout(self) -> Rollout:
-        """Sample this process's share of the iteration; what it is depends on (seed, iteration) alone."""
+        """Sample this process's share of the iteration.
+
+        The samples depend on (seed, iteration) alone.
+        """
         config = self.config
         generator = torch.Generator().manual_seed(self.iteration_seed())
         schedule, train_steps = self._schedule(generator)
@@ -196,7 +210,7 @@ class GRPOTrainer(AdvantageTrainer):
         return schedule, steps
 
     def update(self, roll: Rollout, advantage_B: Tensor) -> dict[str, float]:
-        """All optimizer steps of the iteration; returns mean metrics."""
+        """Take all optimizer steps of the iteration; return mean metrics."""
         config, accelerator = self.config, self.accelerator
         advantages = advantage_B.split(config.batch_size)
         size = config.update_batch_size or config.batch_size
@@ -213,7 +227,10 @@ class GRPOTrainer(AdvantageTrainer):
         return self.mean_metrics(collected)
 
     def pass_loss(self, roll: Rollout, part: Pass, advantage_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a pass over its steps and the samples that it stands for; advantage_B: the whole batch's."""
+        """Mean loss of a pass over its steps and its samples.
+
+        advantage_B: advantages of the whole batch.
+        """
         states, count = roll.batches[part.batch].x_TBCHW, len(part.steps)
         x = torch.cat([part.rows(states[i]) for i in part.steps])
         t_B = torch.cat([sampling.times(roll.schedule, i, len(x) // count) for i in part.steps])
@@ -228,7 +245,10 @@ class GRPOTrainer(AdvantageTrainer):
         return self._mean(rows, part.share)
 
     def _references(self, roll: Rollout, part: Pass, x: Tensor, t_B: Tensor, cond: Conditioning) -> Sequence[Tensor]:
-        """The base's outputs, for each step; an inner epoch meets the same states again, and the base never moves."""
+        """The base's output for each step.
+
+        An inner epoch meets the same states again, and the base never moves. So the outputs are kept.
+        """
         key = part.batch, part.steps, part.start
         out = roll.references.get(key)
         if out is None:
@@ -247,7 +267,8 @@ class GRPOTrainer(AdvantageTrainer):
         if config.ratio == "guard":
             mean = process.mean(schedule, i, x, out)
             log_ratio_B = guard_log_ratio(log_ratio_B, mean, part.rows(batch.mean_TBCHW[i]), float(schedule.std[i]))
-            advantage_B = advantage_B / schedule.dt[i]  # the policy loss over dt, and not the KL
+            # GRPO-Guard divides the policy loss by dt, and leaves the KL as it is
+            advantage_B = advantage_B / schedule.dt[i]
         kl_B = None
         if reference is not None:
             kl_B = process.kl(schedule, i, out, reference, per_time=config.kl_convention == "flow_grpo")
@@ -256,7 +277,7 @@ class GRPOTrainer(AdvantageTrainer):
     def _mean(
         self, rows: Sequence[tuple[Tensor, dict[str, Tensor]]], share: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Over steps, with samples that were left out as zeros of the loss."""
+        """Mean over steps; samples without a pass have a loss of 0."""
         loss = torch.stack([loss for loss, _ in rows]).mean() * share
         columns = {name: torch.stack([metrics[name] for _, metrics in rows]) for name in rows[0][1]}
         metrics = {n: column.max() if n in self.maxima else column.mean() for n, column in columns.items()}

@@ -1,4 +1,4 @@
-"""Options of GRPO, see `trainers.grpo`."""
+"""Options of GRPO; see `trainers.grpo`."""
 
 from __future__ import annotations
 
@@ -65,19 +65,22 @@ class GRPOConfig(AdvantageConfig):
 
     @property
     def last_window_step(self) -> int:
-        """Windows lie before this step; the first half is Flow-GRPO-Fast's choice."""
+        """The end of the range in which windows lie.
+
+        By default they lie in the first half, as in Flow-GRPO-Fast.
+        """
         return self.window_end or self.steps // 2
 
     @property
     def trained_steps(self) -> int:
-        """Steps before this one may be trained."""
+        """The end of the steps that may be trained."""
         return self.steps - self.skip_last_step
 
     def trained_at_once(self) -> int:
-        """Rows of the batch of a pass; guidance doubles them."""
+        """Rows of the batch of one pass, which guidance doubles."""
         return (self.update_batch_size or self.batch_size) * cfg_rows(self.cfg)
 
     def derived(self, processes: int) -> dict[str, int]:
-        """As of every online trainer, with the inner epochs."""
+        """Counts of an online trainer, with the inner epochs among the updates."""
         counts = super().derived(processes)
         return counts | {"updates_per_iteration": self.num_updates * self.num_iterations}

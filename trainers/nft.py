@@ -1,12 +1,15 @@
-"""DiffusionNFT: negative-aware fine-tuning on the forward process, one trainer for all families (arXiv 2509.16117).
+"""DiffusionNFT: negative-aware fine-tuning on the forward process (arXiv 2509.16117).
+
+One trainer serves all model families.
 
     L = E[ r |x0(plus) - x0|^2 / c_plus + (1 - r) |x0(minus) - x0|^2 / c_minus ] / beta + kl_coef |out - out_ref|^2
     plus = out_old + beta (out - out_old),   minus = out_old - beta (out - out_old)
     r = 1/2 + A / (2 clip) in [0, 1],   c = mean |x0(.) - x0| of the sample, without gradient
 
-x0 are samples of the old policy, by any solver and without log-probabilities; x0(out) is what an output says of x0 at
-a freshly noised x_t. At the optimum plus is the policy of the good samples, so that out_old + (plus - out_old) / beta
-is a guidance direction of its own. After every iteration the old policy follows: old <- d old + (1 - d) trained.
+x0 are samples of the old policy, by any solver and without log-probabilities. x0(out) is the estimate of x0 that an
+output makes at a freshly noised x_t. At the optimum, plus is the policy of the good samples, so that
+out_old + (plus - out_old) / beta is itself a guidance direction. After every iteration the old policy follows:
+old <- d old + (1 - d) trained.
 
 Deviations from the paper and the official code
 1. t is drawn from the density that the model was trained with (`process.sample_t`), not from the sampler's times, so
@@ -30,18 +33,24 @@ from trainers.core.denoising import DenoisingTrainer
 from trainers.core.online import AdvantageTrainer, Samples
 from trainers.nft_config import NFTConfig
 
-OLD = "old"  # the adapter that samples
+OLD = "old"  # name of the adapter that samples
 
 
 def optimality(advantage_B: Tensor, clip: float) -> Tensor:
-    """(B,) r in [0, 1]: the probability that a sample is a good one; 1/2 at its group's mean."""
+    """(B,) r in [0, 1], the probability of being a good sample.
+
+    It is 1/2 at the mean of the sample's group.
+    """
     return (advantage_B / (2 * clip) + 0.5).clamp(0, 1)
 
 
 def nft_loss(
     x0_BCHW: Tensor, plus_BCHW: Tensor, minus_BCHW: Tensor, r_B: Tensor, beta: float, scale: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one noise level, and its metrics. plus and minus: their estimates of x0, with gradient."""
+    """Loss of one noise level, and its metrics.
+
+    plus and minus: their estimates of x0, with gradient.
+    """
     plus_B, minus_B = _relative_error(plus_BCHW, x0_BCHW), _relative_error(minus_BCHW, x0_BCHW)
     loss = scale * (r_B * plus_B + (1 - r_B) * minus_B).mean() / beta
     metrics = {"policy_loss": loss, "plus_error": plus_B.mean(), "minus_error": minus_B.mean()}
@@ -49,13 +58,16 @@ def nft_loss(
 
 
 def _relative_error(estimate_BCHW: Tensor, x0_BCHW: Tensor) -> Tensor:
-    """(B,) mean squared error over the mean absolute one, which has no gradient."""
+    """(B,) mean squared error over the mean absolute error.
+
+    The mean absolute error has no gradient.
+    """
     error_BD = (estimate_BCHW - x0_BCHW).flatten(1)
     return error_BD.square().mean(dim=1) / error_BD.detach().abs().mean(dim=1).clamp(min=1e-5)
 
 
 class NFTTrainer(DenoisingTrainer, AdvantageTrainer):
-    """Sample with the old policy, score, fit the trained one; see the module's docstring."""
+    """Trainer that samples with the old policy and fits the trained one."""
 
     shown = ("reward", "loss", "kl", "seconds_per_image")
     copies = (OLD,)
@@ -70,7 +82,7 @@ class NFTTrainer(DenoisingTrainer, AdvantageTrainer):
         return self.sample_groups(self.old, self.parts(torch.Generator().manual_seed(self.iteration_seed())))
 
     def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
-        """All optimizer steps of the iteration, and the old policy's step after the trained one."""
+        """Take all optimizer steps of the iteration, then move the old policy."""
         metrics = super().update(samples, advantage_B)
         self._follow(self.config.old_decay(self.state.step))
         return metrics

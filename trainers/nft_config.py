@@ -1,4 +1,4 @@
-"""Options of DiffusionNFT, see `trainers.nft`."""
+"""Options of DiffusionNFT; see `trainers.nft`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainers.core.config import AdvantageConfig, require_positive
 class NFTConfig(AdvantageConfig):
     """Options of DiffusionNFT; the defaults are the official code's."""
 
-    LORA_COPIES = 1  # the policy that samples
+    LORA_COPIES = 1  # the policy that samples is a copy
 
     cfg: float = field(default=1.0, metadata={"help": "classifier-free guidance of samples; 1: off"})
     num_train_steps: int = field(default=10, metadata={"help": "noise levels that each sample is trained at"})
@@ -31,5 +31,5 @@ class NFTConfig(AdvantageConfig):
             raise ValueError(f"old_decay_max must be at least 0 and less than 1, got {self.old_decay_max}")
 
     def old_decay(self, step: int) -> float:
-        """d after iteration `step`."""
+        """The decay d of the old policy after iteration `step`."""
         return min(self.old_decay_rate * max(step - self.old_decay_start, 0), self.old_decay_max)

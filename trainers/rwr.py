@@ -1,20 +1,22 @@
-"""Reward-weighted regression: a direct fit to p_base exp(R / beta), whose KL coefficient is known.
+"""Reward-weighted regression: a direct fit to p_base exp(R / beta).
 
     L = E_prompt E_group[ (W - 1) |out(x_t) - target|^2 + |out(x_t) - out_base(x_t)|^2 ]
     W = K exp(R / beta) / sum_group exp(R / beta)
 
-x0 are K samples of the base a prompt, by its own sampler; the target is that of pretraining, at random noise levels.
-Where the base is the denoiser of its own samples, L is W |out - target|^2 up to a constant, and its minimum is the
-denoiser of the tilted law p_base exp(R / beta) / Z, the optimum of E[R] - beta KL(p || p_base), so that beta means
-what it says: it is the ruler that guidance is held against in `rlg.equivalence`. (Peters and Schaal, 2007; Lee et al.,
-arXiv 2302.12192, for diffusion.) With `on_policy` the samples, and the base of the loss, are the trained model's own,
-and each round tilts once more: expert iteration, after which beta is known no longer.
+    x0       K samples of the base a prompt, by its own sampler
+    target   that of pretraining, at random noise levels
 
-1. The base in the loss is a control variate: without it W = 1 would not leave the base alone, as no sampler's images
-   are quite those that a network was trained on, and that drift was thousands of nats where the reward asks for half
-   of one. It also takes most of the noise out of the gradient, which W close to 1 then hardly has.
-2. W is normalised within the group: with K samples it is biased towards equal weights, the less the larger the
-   effective share of the group, which is logged as `ess`.
+The optimum of E[R] - beta KL(p || p_base) is the tilted law p_base exp(R / beta) / Z. Where the base is the denoiser
+of its own samples, L is W |out - target|^2 up to a constant, and the denoiser of the tilted law minimises it. So beta
+is the KL coefficient, which makes this trainer the ruler for guidance in `rlg.equivalence`. (Peters and Schaal, 2007;
+Lee et al., arXiv 2302.12192, for diffusion.) With `on_policy` the trained model makes the samples and is the base of
+the loss: this is expert iteration. Each round tilts once more, and beta is then no longer known.
+
+1. The base in the loss is a control variate. No sampler's images are quite those that a network was trained on, so
+   without it W = 1 would move the base: by thousands of nats where the reward asks for half of one. It also takes most
+   of the noise out of the gradient, as W close to 1 then hardly has any.
+2. W is normalised within the group. With K samples it is biased towards equal weights; the bias is small where the
+   effective share of the group, logged as `ess`, is large.
 3. Rewards are neither scaled nor clipped.
 
     accelerate launch train_rwr.py --config configs/equivalence/rwr_sd3_compressibility.yaml
@@ -46,7 +48,10 @@ def tilted_weights(reward_B: Tensor, group_B: Tensor, beta: float) -> Tensor:
 def rwr_loss(
     out_BCHW: Tensor, target_BCHW: Tensor, anchor_BCHW: Tensor, weight_B: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one noise level, and its metrics. anchor: the output of the policy that made the samples."""
+    """Loss of one noise level, and its metrics.
+
+    anchor: the output of the policy that made the samples.
+    """
     error_B = (out_BCHW - target_BCHW).square().flatten(1).mean(dim=1)
     moved_B = (out_BCHW - anchor_BCHW).square().flatten(1).mean(dim=1)
     loss = ((weight_B - 1) * error_B + moved_B).mean()
@@ -54,7 +59,7 @@ def rwr_loss(
 
 
 class RWRTrainer(DenoisingTrainer):
-    """Sample the base, weigh, fit; see the module's docstring."""
+    """Trainer that samples the base, weighs the samples and fits them."""
 
     shown = ("reward", "moved", "ess", "seconds_per_image")
     neutral = 1.0
@@ -74,14 +79,14 @@ class RWRTrainer(DenoisingTrainer):
         return tilted_weights(total_B, group_B, self.config.beta)
 
     def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
-        """All optimizer steps of the iteration; returns mean metrics."""
+        """Take all optimizer steps of the iteration; return mean metrics."""
         share = advantage_B.double().mean() ** 2 / advantage_B.double().square().mean()
         return super().update(samples, advantage_B) | {"ess": float(share)}
 
     def loss(
         self, x0_BCHW: Tensor, cond: Conditioning, advantage_B: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch at one random noise level a sample."""
+        """(loss, metrics) of a batch at one random noise level a sample."""
         _, t_B, x_t, target = self.noised(x0_BCHW, generator)
         with self.accelerator.autocast():
             out = self.policy.predict(x_t, t_B, cond).float()

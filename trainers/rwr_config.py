@@ -1,4 +1,4 @@
-"""Options of reward-weighted regression, see `trainers.rwr`."""
+"""Options of reward-weighted regression; see `trainers.rwr`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from trainers.core.config import AdvantageConfig, SamplingConfig, own_options, r
 class RWRConfig(SamplingConfig):
     """Options of reward-weighted regression."""
 
-    RETIRED: ClassVar[Mapping[str, Any]] = own_options(AdvantageConfig, SamplingConfig)  # weights are no advantages
+    # weights are not advantages, so options of advantages have no effect
+    RETIRED: ClassVar[Mapping[str, Any]] = own_options(AdvantageConfig, SamplingConfig)
 
     beta: float = field(default=0.1, metadata={"help": "KL coefficient: samples count for exp(reward / beta)"})
     num_train_steps: int = field(default=4, metadata={"help": "noise levels that each sample is trained at"})

@@ -1,12 +1,12 @@
-"""Training of SPO's step-aware preference model on preference pairs (arXiv 2406.04314).
+"""Training of SPO's step-aware preference model on pairs (arXiv 2406.04314).
 
     L = cross entropy of softmax( score(x0_hat_0, prompt, t), score(x0_hat_1, prompt, t) ) against the label
     x_t = alpha x0 + sigma n,  the same t and n for both images;  x0_hat: the base's one-step estimate, decoded
 
-The base model makes x0_hat in one evaluation, with classifier-free guidance. Labels may be soft: the loss is the
-cross entropy less the label's entropy, so that 0 is the best there is for a tie, too. What it takes to call the model
-step-aware is measured against a scorer of the same size, start and batches that is time-blind and sees clean images
-(`compare`): accuracy.json and accuracy.png hold both accuracies on held-out pairs, by noise level.
+The base model makes x0_hat in one evaluation, with classifier-free guidance. Labels may be soft. The loss is the
+cross entropy less the label's entropy, so that 0 is the best value for a tie, too. With `compare`, a second scorer
+shows what the time adds: it has the same size, start and batches, but is time-blind and sees clean images.
+accuracy.json and accuracy.png hold the accuracy of both on held-out pairs, by noise level.
 
 Deviations from the paper and the official code
 1. Pairs count alike (there: 1 / number of pairs of their prompt), and ties are dropped, as by our preference data.
@@ -67,7 +67,7 @@ TINY = "tiny"
 def spm_loss(margin_B: Tensor, label_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy less the label's entropy, and metrics.
 
-    margin: score of the first image less that of the second, with gradient; label: probability that the first wins.
+    margin: score of the first image less that of the second, with gradient. label: probability that the first wins.
     """
     best_B = -torch.xlogy(label_B, label_B) - torch.xlogy(1 - label_B, 1 - label_B)
     loss = (-label_B * logsigmoid(margin_B) - (1 - label_B) * logsigmoid(-margin_B) - best_B).mean()
@@ -78,7 +78,7 @@ def spm_loss(margin_B: Tensor, label_B: Tensor) -> tuple[Tensor, dict[str, Tenso
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model in training."""
+    """A model in training, with its optimizer."""
 
     name: str
     model: StepAwareModel
@@ -87,21 +87,25 @@ class Scorer:
 
     @property
     def aware(self) -> bool:
-        """Whether it is told the time, and sees what the base makes of noise."""
+        """Tell whether it gets the time and the base's estimates from noise."""
         return self.name == AWARE
 
     def margin(self, images_2B3HW: Tensor, captions: Sequence[str], t_B: Tensor) -> Tensor:
-        """(B,) winner's score less the loser's; the time-blind one is told 0 always."""
+        """(B,) scores of the winners less those of the losers.
+
+        The time-blind model is always given time 0.
+        """
         t_B = t_B if self.aware else torch.zeros_like(t_B)
         ids = self.model.prompt_ids(captions)
-        network = self.wrapped if self.model.training else self.model  # the measurement is one process's alone
+        # One process measures alone, so it calls the bare model.
+        network = self.wrapped if self.model.training else self.model
         scores = network(self.model.pixels(images_2B3HW), torch.cat([ids, ids]), torch.cat([t_B, t_B]))
         winner, loser = scores.float().chunk(2)
         return winner - loser
 
 
 class SPMTrainer:
-    """Both scorers, and the base model that makes their images; see the module's docstring."""
+    """Trainer of both scorers, with the base model that makes their images."""
 
     def __init__(
         self,
@@ -111,7 +115,10 @@ class SPMTrainer:
         data: str | Path | Pairs | None = None,
         accelerator: Accelerator | None = None,
     ):
-        """Take what is given, and the rest by its name in the config; see `setup.Given` and `loop.Trainer`."""
+        """Take what is given; load the rest by the config.
+
+        See `setup.Given` and `loop.Trainer`.
+        """
         given = Given(policy=policy, data=data)
         self.config = config = named(config, given)
         config.check_inputs(given.unnamed)
@@ -173,7 +180,10 @@ class SPMTrainer:
 
     @torch.no_grad()
     def estimates(self, batch: PairBatch, rows_B: Tensor, noise_BCHW: Tensor) -> Tensor:
-        """(2B, 3, H, W): what the base model makes of both images at these rows of its process, in one evaluation."""
+        """(2B, 3, H, W) estimates of both images by the base model.
+
+        Each pair has its row of the process. The model is evaluated once.
+        """
         latents = self.policy.encode_images(torch.cat([batch.winners_B3HW, batch.losers_B3HW]))
         rows, noise = rows_B.repeat(2), noise_BCHW.to(latents.device).repeat(2, 1, 1, 1)
         x_t, _ = process.noise(self.process, rows, latents, noise)
@@ -181,7 +191,10 @@ class SPMTrainer:
         return self.policy.decode(process.clean(self.process, rows, x_t, out))
 
     def iteration(self, batches: Iterator[PairBatch]) -> dict[str, float]:
-        """One optimizer step; what it is trained on depends on (seed, step) alone."""
+        """Take one optimizer step.
+
+        Its data depends on (seed, step) alone.
+        """
         config, accelerator, started = self.config, self.accelerator, time.perf_counter()
         accelerator.gradient_accumulation_steps, accelerator.step = config.accumulation_steps, 0
         warm = min(1.0, (self.step + 1) / (config.warmup_steps + 1))
@@ -215,7 +228,7 @@ class SPMTrainer:
                     row["grad_norm"] = torch.as_tensor(norm).detach()
                     if self.step == 0:
                         row[ADAPTER] = zero_share(dense_parameters(scorer.wrapped))
-                    if self.skips.must(norm):  # a margin that is not finite has no finite gradient
+                    if self.skips.must(norm):  # a margin that is not finite makes the norm not finite
                         scorer.optimizer.zero_grad()
                 scorer.optimizer.step()
                 scorer.optimizer.zero_grad()
@@ -227,7 +240,10 @@ class SPMTrainer:
         return self.policy.latent_shape(self.config.resolution)
 
     def train(self) -> Path:
-        """Run until `max_steps` or an interruption, save, and measure; returns the last checkpoint."""
+        """Train until `max_steps` or an interruption, save, and measure accuracy.
+
+        Returns the last checkpoint.
+        """
         config = self.config
         round_products(config, self.accelerator)
         with run_folder(config, self.accelerator):
@@ -263,7 +279,7 @@ class SPMTrainer:
         accelerator.wait_for_everyone()
 
     def save(self) -> int:
-        """Write checkpoint-N, whole or not at all; returns N."""
+        """Write checkpoint-N, whole or not at all; return N."""
         with checkpoint_folder.written(self.config, self.accelerator, self.step) as folder:
             (folder / TRAINER_STATE).mkdir(exist_ok=True)
             self.batches.save_place(self.step * self.config.accumulation_steps, folder / TRAINER_STATE)
@@ -277,7 +293,10 @@ class SPMTrainer:
         return self.step
 
     def resume(self) -> None:
-        """Restore the last whole checkpoint. Raises ValueError if there is none, or it does not fit."""
+        """Restore the last whole checkpoint.
+
+        Raises ValueError if there is none, or it does not fit.
+        """
         found = checkpoint_folder.to_resume(self.config.folder, self.accelerator)
         with together():
             provenance.check_changes(self.config, self.record, found, read_state(found))
@@ -298,9 +317,10 @@ class SPMTrainer:
 
     @torch.no_grad()
     def accuracy_by_noise(self) -> dict[str, Any]:
-        """Accuracy of each scorer on held-out pairs, in bins of equal width over the rows of the process, and clean.
+        """Accuracy of each scorer on held-out pairs, by noise level.
 
-        Both scorers see the same images: a noise level and a noise for each pair and bin, drawn anew.
+        Bins have equal width over the rows of the process; clean images are a bin of their own. Both scorers see the
+        same images. Each pair and bin has its own draw of a noise level and a noise.
         """
         config, edges = self.config, self._edges()
         count = min(config.test_pairs, len(self.test.data))
@@ -325,7 +345,10 @@ class SPMTrainer:
         return [round(i * len(self.process.time) / self.config.test_bins) for i in range(self.config.test_bins + 1)]
 
     def _test_images(self, batch: PairBatch, number: int, place: int, edges: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(images, t) of a bin; those of the place after the last bin are clean."""
+        """(images, t) of a bin.
+
+        The place after the last bin has clean images.
+        """
         device = self.accelerator.device
         if place == self.config.test_bins:
             return torch.cat([batch.winners_B3HW, batch.losers_B3HW]), torch.zeros(len(batch), device=device)
@@ -337,7 +360,10 @@ class SPMTrainer:
 
 
 def _report(correct: dict[str, Tensor], captions: Sequence[str], edges: Sequence[float]) -> dict[str, Any]:
-    """The content of accuracy.json; correct: (bins + 1, N) a scorer, the last row of clean images."""
+    """The content of accuracy.json.
+
+    correct: (bins + 1, N) for each scorer; the last row is of clean images.
+    """
     bins, groups = len(edges) - 1, list(captions)
 
     def point(rows: dict[str, Tensor], groups: list[str]) -> dict[str, Any]:
@@ -365,7 +391,7 @@ def _interval(estimate: Estimate) -> dict[str, Any]:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """accuracy.json and accuracy.png, and a line of text."""
+    """Write accuracy.json and accuracy.png, and print a line."""
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     names = [name for name in (AWARE, BLIND) if name in report["clean"]]
     figure = Figure(figsize=(6, 4), layout="constrained")

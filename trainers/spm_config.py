@@ -1,4 +1,4 @@
-"""Options of the step-aware preference model's training, see `trainers.spm`."""
+"""Options of training the step-aware preference model; see `trainers.spm`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from trainers.data.pair_config import PairConfig
 
 @dataclass(kw_only=True)
 class SPMConfig(PairConfig):
-    """Options; the defaults are those of the official model for Stable Diffusion 1.5 (4 GPUs)."""
+    """Options of training the step-aware preference model.
+
+    The defaults are those of the official model for Stable Diffusion 1.5 (4 GPUs).
+    """
 
     test_split: str | None = field(default="test", metadata={"help": "held-out split (none: no measurement)"})
     clip: str = field(

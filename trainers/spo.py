@@ -1,24 +1,26 @@
-"""SPO, preference optimisation step by step on the model's own samples, for all families (arXiv 2406.04314).
+"""SPO: preference optimisation step by step on own samples (arXiv 2406.04314).
 
     L = -log sigmoid( beta (log R_w - log R_l) ),   R = clip( pi_theta(x' | x) / pi_ref(x' | x), 1 - eps, 1 + eps )
 
-From step `divert_start_step` on, k candidates x' are drawn from the SAME x. What the network makes of each at the next
-time, x0_hat (at the end, x0 itself), is decoded and scored: top is the winner w, bottom the loser l, and the pair is
-kept iff the two entries of softmax([s_w, s_l]) differ by more than `threshold`. A uniformly random candidate, and not
-the winner by right, continues the chain, so that later pairs do not depend on earlier scores. Scores come from a
-step-aware preference model (`preference_model`, which is told the time) or from any reward, whose scale
-`score_scale` brings to the threshold's units: a gap s_w - s_l is kept iff tanh(score_scale * gap / 2) > threshold.
+    x'     k candidates from the SAME x, from step `divert_start_step` on
+    s      score of the decoded x0_hat, the network's estimate at the next time (at the end, x0 itself)
+    w, l   the winner has the top score, the loser the bottom one
+    kept   a pair is kept iff the two entries of softmax(score_scale [s_w, s_l]) differ by more than `threshold`:
+           tanh(score_scale (s_w - s_l) / 2) > threshold. `score_scale` brings a reward to the units of the threshold
+    pi     log-probabilities are means over latent dimensions; ref is the network with its adapter off
 
-Log-probabilities are means over latent dimensions; ref is the network with its adapter off. With `compare_every` m,
-candidates go m steps alone before they are scored, and each of the m transitions is a pair (the published runs on
-large models: 4); with 1, winner and loser share x, hence one network evaluation.
+A uniformly random candidate continues the chain, not always the winner. So later pairs do not depend on earlier
+scores. Scores come from a step-aware preference model (`preference_model`), which is told the time, or from any
+reward. With `compare_every` m, candidates go m steps alone before they are scored, and each of the m transitions is a
+pair. The published runs on large models have m = 4. With m = 1, winner and loser share x, and so one network
+evaluation.
 
 Deviations from the paper and the official code
 1. Gradients are clipped: the official clip_grad_norm_ gets an iterator that the optimizer has already used up.
-2. No second copy of the network for ref.
+2. There is no second copy of the network for ref.
 3. Candidates, and who continues, depend on (seed, iteration, prompt, k) alone, and not on a global generator.
-4. All processes' kept pairs of an iteration are dealt out to updates of at most `pairs_per_update` pairs, which are
-   as equal as they can be, none is dropped, and a loss is the mean over the pairs of its update.
+4. All processes' kept pairs of an iteration are dealt out to updates of at most `pairs_per_update` pairs. Updates are
+   as equal as they can be, no pair is dropped, and a loss is the mean over the pairs of its update.
 
     accelerate launch train_spo.py --config configs/tiny/spo_sd3.yaml
 
@@ -53,7 +55,7 @@ def spo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of B pairs' losses, and metrics with the same weights.
 
-    log ratios: log pi_theta - log pi_ref of winner and loser, (B,), with gradient; weights: 1 / B for a plain mean.
+    log ratios: log pi_theta - log pi_ref of winner and loser, (B,), with gradient. weights: 1 / B for a plain mean.
     """
     low, high = math.log(1 - epsilon), math.log(1 + epsilon)
     win_B, lose_B = win_log_ratio_B.clamp(low, high), lose_log_ratio_B.clamp(low, high)
@@ -71,7 +73,10 @@ def spo_loss(
 
 
 def choose_pairs(score_KB: Tensor, threshold: float, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """(index of the winner, of the loser, whether the pair is kept), (B,) each."""
+    """Choose a winner and a loser among the candidates of each chain.
+
+    Returns (index of the winner, index of the loser, pair is kept), (B,) each.
+    """
     win_B, lose_B = score_KB.argmax(dim=0), score_KB.argmin(dim=0)
     top_2B = scale * torch.stack([score_KB.amax(dim=0), score_KB.amin(dim=0)])
     share_2B = top_2B.softmax(dim=0)
@@ -79,12 +84,15 @@ def choose_pairs(score_KB: Tensor, threshold: float, scale: float = 1.0) -> tupl
 
 
 class StepScorer(Protocol):
-    """Judges what the network makes of a state of the chain."""
+    """Protocol of a judge of states of the chain."""
 
     def score(
         self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], t_B: Tensor
     ) -> Tensor:
-        """(B,) scores of images in [0, 1], estimates of x0 at the network's time t (0: x0 itself)."""
+        """(B,) scores of images in [0, 1].
+
+        The images are estimates of x0 at the network's time t; at time 0 they are x0 itself.
+        """
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,13 @@ class RewardScorer:
 
 @dataclass(frozen=True)
 class Pairs:
-    """P pairs of transitions: all that were compared, kept or not; on the policy's device."""
+    """P pairs of transitions, on the policy's device.
 
-    win_x_PCHW: Tensor  # before the step; equal to lose_x where candidates are compared after every step
-    win_next_PCHW: Tensor  # and after it
+    They are all that were compared, kept or not.
+    """
+
+    win_x_PCHW: Tensor  # state before the step; equal to lose_x where candidates are compared after every step
+    win_next_PCHW: Tensor  # state after the step
     lose_x_PCHW: Tensor
     lose_next_PCHW: Tensor
     step_P: Tensor  # index of the denoising step
@@ -117,21 +128,21 @@ class Pairs:
 
     @staticmethod
     def cat(parts: Sequence[Pairs]) -> Pairs:
-        """All of them."""
+        """Join parts in order."""
         return Pairs(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Pairs)))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One process's chains of an iteration, and the pairs of their candidates."""
+    """One process's chains of an iteration, and their pairs."""
 
-    images_B3HW: Tensor  # the chains' ends
+    images_B3HW: Tensor  # decoded ends of the chains
     prompt_B: Tensor  # index of each chain's prompt
-    cond: Conditioning  # of each chain
+    cond: Conditioning  # prompts of the chains, encoded
     pairs: Pairs
-    scores_N: Tensor  # of all candidates, fp32 on CPU
+    scores_N: Tensor  # scores of all candidates, fp32 on CPU
     schedule: Schedule
-    early: EarlyScores | None = None  # of the chains' ends
+    early: EarlyScores | None = None  # scores of the chains' ends
 
 
 @dataclass(frozen=True)
@@ -144,19 +155,25 @@ class Race:
 
 
 class SPOTrainer(OnlineTrainer):
-    """Diverge, score, pair, update; see the module's docstring."""
+    """Trainer that diverges, scores, pairs and updates; see the module's docstring."""
 
     shown = ("reward", "preference_mean", "pairs_kept", "loss")
     config: SPOConfig
 
     def load(self, given: Given) -> None:
-        """Load rewards, prompts, and what judges: the step-aware model where the config names one."""
+        """Load rewards, prompts and the scorer.
+
+        The scorer is the step-aware model where the config names one.
+        """
         super().load(given)
         name, device = self.config.preference_model, self.accelerator.device
         self.scorer: StepScorer = step_aware.load(name).to(device) if name else RewardScorer(self.reward)
 
     def set_up(self) -> None:
-        """Add the policies of the loss, and the races. Raises ValueError if no step is stochastic."""
+        """Add the policies of the loss, and the races.
+
+        Raises ValueError if no step is stochastic.
+        """
         config = self.config
         scale = config.cfg if config.train_cfg is None else config.train_cfg
         self.train_tuned_with_cfg = with_cfg(self.policy.predict, self.negative, scale)
@@ -164,11 +181,14 @@ class SPOTrainer(OnlineTrainer):
         self.segments = self._segments(self.sampler(config.steps))
 
     def sampler(self, steps: int) -> Schedule:
-        """The kernel that is trained, stochastic in every step."""
+        """The kernel that is trained, stochastic at every step."""
         return self.schedule(steps, self.config.kernel, self.config.level)
 
     def _segments(self, schedule: Schedule) -> list[tuple[int, int]]:
-        """(first, last) of each race: first <= i < last are its steps. Raises ValueError if there is none."""
+        """(first, last) of each race, whose steps are first <= i < last.
+
+        Raises ValueError if there is none.
+        """
         config, stochastic = self.config, set(schedule.stochastic_steps())
         steps = [i for i in range(config.divert_start_step, config.last_step) if i in stochastic]
         if not steps:
@@ -180,7 +200,10 @@ class SPOTrainer(OnlineTrainer):
 
     @torch.no_grad()
     def rollout(self) -> Rollout:
-        """This process's chains and pairs; what they are depends on (seed, iteration) and the scores alone."""
+        """Sample this process's chains and their pairs.
+
+        They depend on (seed, iteration) and the scores alone.
+        """
         schedule = self.sampler(self.config.steps)
         parts = self.parts(torch.Generator().manual_seed(self.iteration_seed()))
         images, pairs, scores, count = [], [], [], 0
@@ -202,7 +225,10 @@ class SPOTrainer(OnlineTrainer):
         )
 
     def _chains(self, schedule: Schedule, part: Part, first_chain: int) -> tuple[Tensor, list[Pairs], Tensor]:
-        """(x0, pairs of each race, all scores) of a batch of chains: alone, through every race, and alone again."""
+        """(x0, pairs of each race, all scores) of a batch of chains.
+
+        A chain goes alone to its first race, through every race, and alone to the end.
+        """
         choosers = [sample.generator("choice") for sample in part.noise.ids]
         x, (first, last) = part.noise.initial(), (self.segments[0][0], self.segments[-1][1])
         for step in self._steps(schedule, (0, first), x, None, part):
@@ -223,13 +249,16 @@ class SPOTrainer(OnlineTrainer):
     def _steps(
         self, schedule: Schedule, span: tuple[int, int], x: Tensor, out: Tensor | None, part: Part
     ) -> Iterator[Step]:
-        """Steps first <= i < last from x; out: the network's output at x, where it is known."""
+        """Steps first <= i < last from x.
+
+        out: the network's output at x, where it is known.
+        """
         outputs = None if out is None else Outputs(out)
         places = {"start": span[0], "stop": span[1]}
         return trajectory(self._predict_at, schedule, part.cond, part.noise, x=x, outputs=outputs, **places)
 
     def _predict(self, schedule: Schedule, i: int, x: Tensor, cond: Conditioning) -> Tensor | None:
-        """The network's output before step i; None after the last."""
+        """The network's output before step i; None after the last step."""
         return None if i == len(schedule) else self._predict_at(x, sampling.times(schedule, i, len(x)), cond)
 
     def _predict_at(self, x: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
@@ -237,7 +266,10 @@ class SPOTrainer(OnlineTrainer):
             return self.tuned_with_cfg(x, t_B, cond).float()
 
     def _race(self, schedule: Schedule, span: tuple[int, int], x: Tensor, out: Tensor, part: Part) -> Race:
-        """Candidates one after the other, so that a batch of the network is no larger than the config says."""
+        """Run the candidates one after the other.
+
+        A batch of the network is thus no larger than the config says.
+        """
         states, outs, scores = [], [], []
         for _ in range(self.config.num_candidates):
             path = [x, *(step.x_next_BCHW for step in self._steps(schedule, span, x, out, part))]
@@ -249,7 +281,10 @@ class SPOTrainer(OnlineTrainer):
         return Race(torch.stack(states), ahead_KBCHW, torch.stack(scores))
 
     def _score(self, schedule: Schedule, i: int, x: Tensor, out: Tensor | None, part: Part) -> Tensor:
-        """(B,) scores of x as the state before step i, or as the end of the chain."""
+        """(B,) scores of states before step i, or of ends.
+
+        The end of a chain has no further step.
+        """
         x0 = x if out is None else process.predict_x0(schedule, i, x, out)
         t_B = torch.zeros(len(x), device=x.device) if out is None else sampling.times(schedule, i, len(x))
         prompts = [self.prompts[p] for p in part.prompt_B.tolist()]
@@ -271,9 +306,10 @@ class SPOTrainer(OnlineTrainer):
         )
 
     def score(self, samples: Rollout) -> tuple[Tensor | None, dict[str, float]]:
-        """(zeros, for there are no advantages; metrics of the chains' ends over all processes).
+        """Gather scores of the chains' ends.
 
-        A pair of which a candidate's score is not finite is not kept; None instead of zeros if none is finite.
+        Returns (zeros, metrics over all processes). There are no advantages, hence the zeros; None stands for them if
+        no score is finite. A pair with a score that is not finite is not kept.
         """
         score_N = self.accelerator.gather(samples.scores_N.to(self.accelerator.device))
         metrics = super().score(samples)[1] if self.reward is not None else {}
@@ -284,11 +320,14 @@ class SPOTrainer(OnlineTrainer):
         return torch.zeros(len(samples.prompt_B)), metrics
 
     def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
-        """(B,) zeros: it is pairs of candidates that count."""
+        """(B,) zeros, because pairs of candidates count and samples do not."""
         return torch.zeros_like(total_B)
 
     def update(self, roll: Rollout, advantage_B: Tensor) -> dict[str, float]:
-        """All optimizer steps of the iteration: none if no pair was kept."""
+        """Take all optimizer steps of the iteration.
+
+        There is none if no pair was kept.
+        """
         config, rank = self.config, self.accelerator.process_index
         kept_P = roll.pairs.kept_P.cpu().nonzero().flatten()
         generator = torch.Generator().manual_seed(self.iteration_seed() * 1009 + rank)
@@ -305,7 +344,10 @@ class SPOTrainer(OnlineTrainer):
         return metrics | {"pairs": count, "pairs_kept": count / compared, "updates": made}
 
     def _one_update(self, roll: Rollout, chosen: Tensor) -> list[dict[str, Tensor]]:
-        """One optimizer step on these of this process's pairs, in batches of one size; [] if no process has any."""
+        """Take one optimizer step on some of this process's pairs.
+
+        All batches have one size. Returns [] if no process has a pair.
+        """
         size, world = self.config.batch_size, self.accelerator.num_processes
         counts = self._on_all(len(chosen))
         passes, total = -(-int(counts.max()) // size), int(counts.sum())
@@ -316,7 +358,8 @@ class SPOTrainer(OnlineTrainer):
         for n in range(passes):
             index = chosen[n * size : (n + 1) * size]
             weight_B = torch.zeros(size, device=self.policy.device)
-            weight_B[: len(index)] = passes * world / total  # gradients are averaged over passes and processes
+            # accelerate takes the mean of gradients over passes and processes; undo it
+            weight_B[: len(index)] = passes * world / total
             index = torch.cat([index, index.new_zeros(size - len(index))]).to(self.policy.device)
             with self.accelerator.accumulate(self.policy.wrapped):
                 loss, metrics = self.loss(roll, index, weight_B)
@@ -325,13 +368,13 @@ class SPOTrainer(OnlineTrainer):
         return collected
 
     def _on_all(self, count: int) -> Tensor:
-        """Every process's count."""
+        """The count of every process."""
         return self.accelerator.gather(torch.tensor([count], device=self.accelerator.device))
 
     def loss(self, roll: Rollout, index_B: Tensor, weight_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss of the pairs at these indices."""
         pairs, schedule = roll.pairs[index_B], roll.schedule
-        copies = 1 if self.config.compare_every == 1 else 2  # winner and loser of one x share the network's output
+        copies = 1 if self.config.compare_every == 1 else 2  # with one x, winner and loser share the network's output
         x = torch.cat([pairs.win_x_PCHW, pairs.lose_x_PCHW][:copies])
         t_B, cond = schedule.t[pairs.step_P].repeat(copies), Conditioning.cat([roll.cond[pairs.chain_P]] * copies)
         with self.accelerator.autocast():

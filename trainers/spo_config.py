@@ -1,4 +1,4 @@
-"""Options of SPO, see `trainers.spo`."""
+"""Options of SPO; see `trainers.spo`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from trainers.core.config import AdvantageConfig, SamplingConfig, own_options, r
 
 @dataclass(kw_only=True)
 class SPOConfig(SamplingConfig):
-    """Options of SPO; the defaults are those of the official run on Stable Diffusion 1.5 (4 GPUs)."""
+    """Options of SPO.
+
+    The defaults are those of the official run on Stable Diffusion 1.5 (4 GPUs).
+    """
 
     MIN_GENERATIONS = 1
-    RETIRED: ClassVar[Mapping[str, Any]] = own_options(AdvantageConfig, SamplingConfig)  # there are no advantages
+    # SPO has no advantages, so these options have no effect
+    RETIRED: ClassVar[Mapping[str, Any]] = own_options(AdvantageConfig, SamplingConfig)
 
     reward: list[str] = field(
         default_factory=list, metadata={"help": "rewards that judge candidates, if preference_model does not"}
@@ -67,23 +71,29 @@ class SPOConfig(SamplingConfig):
             raise ValueError(f"SPO counts updates by pairs: give pairs_per_update, not num_updates {self.num_updates}")
 
     def check_inputs(self, given: Collection[str] = ()) -> None:
-        """Raise ValueError without something that judges, or without prompts."""
+        """Raise ValueError without a scorer, or without prompts."""
         if not self.reward and not self.preference_model:
             raise ValueError("nothing judges the candidates: give reward, or preference_model")
         super().check_inputs({*given, "reward"})
 
     def trained_at_once(self) -> int:
-        """Rows of the batch: winner and loser share one, unless they went apart; guidance doubles them."""
+        """Rows of the batch that the network sees with a gradient.
+
+        Winner and loser share a row, unless they went apart. Guidance doubles the rows.
+        """
         scale = self.cfg if self.train_cfg is None else self.train_cfg
         return self.batch_size * (1 if self.compare_every == 1 else 2) * cfg_rows(scale)
 
     @property
     def last_step(self) -> int:
-        """Steps before this one may have candidates."""
+        """The end of the steps that may have candidates."""
         return self.steps if self.divert_end_step is None else self.divert_end_step
 
     def derived(self, processes: int) -> dict[str, int]:
-        """As of every online trainer, but updates are counted by pairs, of which these are upper bounds."""
+        """Counts of an online trainer, but with updates counted by pairs.
+
+        These counts of pairs are upper bounds.
+        """
         counts = super().derived(processes)
         del counts["images_per_update"], counts["updates_per_iteration"]
         pairs = counts["images_per_iteration"] * (self.last_step - self.divert_start_step)

@@ -1,20 +1,20 @@
-"""What a GRPO iteration costs, by phase, beside one written the plain way (`trainers.benchmark.plain_grpo`).
+"""Cost of a GRPO iteration by phase, against a plain implementation.
 
     python -m rlg.benchmark grpo --base tiny-sd3
     python -m rlg.benchmark grpo --arch sd35-medium --resolution 512 --device cuda --compile --batch_sizes 1 2 4 8
 
 Contenders make the same images and take the same optimizer step:
 
-    plain            as the public scripts do it
+    plain            as the public scripts do it (`trainers.benchmark.plain_grpo`)
     trainer          `trainers.grpo` with the same settings
     steps together   ... with all trained steps of a batch in one pass of the update (--update_batch_size)
     large rollouts   ... with all images in one batch of the rollout, and passes of the update as large as before
     compiled         (--compile) the trainer on a network that torch.compile made
 
-They take turns in one process; ratios are medians over rounds, with intervals. On a CPU all seconds but those of the
-column "wall" are the process's own, which other processes hardly touch. Memory is what tensors hold at the peak of an
-iteration, above what they held before it (weights, the optimizer's state). An iteration's prompts are always the same
-ones: text encodings that are kept are all found.
+They take turns in one process. Ratios are medians over rounds, with intervals. On a CPU, seconds are the process's
+own, which other processes hardly touch; only the column "wall" has wall seconds. Memory is that of tensors at the
+peak of an iteration, above what they held before it (weights, the optimizer's state). The prompts of an iteration are
+always the same, so that every kept text encoding is found.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ PLAIN, TRAINER, TOGETHER, ROLLOUTS, COMPILED = "plain", "trainer", "steps togeth
 
 
 def phases(policy: Policy) -> Phases:
-    """A clock for the phases of an iteration."""
+    """Make a clock for the phases of an iteration."""
     return Phases(policy.device, time.process_time if policy.device.type == "cpu" else time.perf_counter)
 
 
 class MeasuredTrainer(GRPOTrainer):
-    """The trainer, with a policy that is there already, and with a clock in its phases."""
+    """The trainer with an existing policy, and a clock in its phases."""
 
     def __init__(self, config: GRPOConfig, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt]):
         engine = Accelerator(cpu=policy.device.type == "cpu")
@@ -81,27 +81,30 @@ class MeasuredTrainer(GRPOTrainer):
 
 
 @dataclass(frozen=True)
-class Side:
+class Contender:
     """A contender: an iteration, and the clock that it runs by."""
 
     iteration: Callable[[], Any]
     phases: Phases
-    rounds: list[dict[str, float]]  # seconds by phase of every iteration
+    rounds: list[dict[str, float]]  # seconds by phase, for each iteration
 
     def run(self) -> None:
-        """One iteration."""
+        """Run one iteration."""
         self.rounds.append(self.phases.whole(self.iteration))
 
 
 class Bench:
-    """Contenders of one batch size, made when they are asked for; the eager ones share one policy."""
+    """Contenders of one batch size, made on demand.
+
+    All but the compiled one share a policy.
+    """
 
     def __init__(self, options: GRPOOptions, batch: int, reward: RewardMix, prompts: Sequence[Prompt]):
         self.options, self.batch, self.reward, self.prompts = options, batch, reward, prompts
 
     @property
     def names(self) -> list[str]:
-        """The contenders that differ from one another at this batch size."""
+        """Names of the contenders that differ at this batch size."""
         images = self.options.num_prompts * self.options.num_generations
         names = [PLAIN, TRAINER]
         names += [TOGETHER] if len(self._steps) > 1 else []
@@ -145,12 +148,12 @@ class Bench:
         }
         return GRPOConfig(**given | changes)
 
-    def side(self, name: str) -> Side:
-        """A contender."""
+    def contender(self, name: str) -> Contender:
+        """Make a contender."""
         if name == PLAIN:
             plain = PlainGRPO(self.config(), self._policy, self.reward, self.prompts, phases(self._policy))
             work = samples_of(self._trainer)
-            return Side(lambda: plain.iteration(*work), plain.phases, [])
+            return Contender(lambda: plain.iteration(*work), plain.phases, [])
         images = self.options.num_prompts * self.options.num_generations
         options: dict[str, dict[str, Any]] = {
             TRAINER: {},
@@ -160,11 +163,14 @@ class Bench:
         }
         policy = policy_with_lora(self.options) if name == COMPILED else self._policy
         trainer = MeasuredTrainer(self.config(**options[name]), policy, self.reward, self.prompts)
-        return Side(trainer.iteration, trainer.phases, [])
+        return Contender(trainer.iteration, trainer.phases, [])
 
 
 def samples_of(trainer: GRPOTrainer) -> tuple[Any, Any, list[int]]:
-    """(identities of the samples of each batch, schedule, steps to train) of a trainer's next iteration."""
+    """Samples of a trainer's next iteration, for the plain one.
+
+    Returns (identities of the samples of each batch, schedule, steps to train).
+    """
     generator = torch.Generator().manual_seed(trainer.iteration_seed())
     schedule, steps = trainer._schedule(generator)
     return [part.noise.ids for part in trainer.parts(generator)], schedule, steps
@@ -176,18 +182,18 @@ class Result:
 
     name: str
     batch: int
-    seconds: float  # of an iteration, the median
-    phases: dict[str, float]  # its parts, medians
+    seconds: float  # median of an iteration
+    phases: dict[str, float]  # medians of its phases
     images_per_second: float
     speedup: Estimate | None  # over plain; None for plain itself
     wall_speedup: Estimate | None  # the same by the wall clock
-    utilisation: float  # of the peak of a matrix product
+    utilisation: float  # share of the peak of a matrix product
     working_bytes: int  # at the peak of an iteration, above what was held before it
 
 
 def compare(bench: Bench, repeats: int, device: str, peak: float) -> list[Result]:
-    """All contenders of a batch size."""
-    sides = {name: bench.side(name) for name in bench.names}
+    """Measure all contenders of a batch size."""
+    sides = {name: bench.contender(name) for name in bench.names}
     times = timing.interleaved({name: side.run for name, side in sides.items()}, repeats, device)
     operations = {name: flops.flops(side.iteration) for name, side in sides.items() if name != COMPILED}
     operations[COMPILED] = operations[TRAINER]
@@ -222,7 +228,7 @@ def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown."""
+    """Results as a table in Markdown."""
     heads = ["contender", "batch", "s", *PHASES, REST, "images/s", "faster", "wall", "FLOP util.", "MB"]
     rows = []
     for r in results:
@@ -238,7 +244,7 @@ def _estimate(value: Estimate | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     with fail_cleanly():
         run(GRPO.parse(argv))
 

@@ -1,20 +1,20 @@
-"""A GRPO iteration written the plain way, as the public scripts do it: what `trainers.benchmark` compares with.
+"""A GRPO iteration written the plain way, as in public scripts.
 
-After scripts/train_sd3.py of Flow-GRPO (github.com/yifan123/flow_grpo) and scripts/train.py of ddpo-pytorch
-(github.com/kvablack/ddpo-pytorch). It makes the same samples, loss and gradient as
-`trainers.grpo` (a test holds it to that), by
+`trainers.benchmark` compares the trainer with it. It follows scripts/train_sd3.py of Flow-GRPO
+(github.com/yifan123/flow_grpo) and scripts/train.py of ddpo-pytorch (github.com/kvablack/ddpo-pytorch). A test holds
+it to the samples, loss and gradient of `trainers.grpo`. It makes them with
 
-- text encoders that run for each image of each batch, in every iteration
-- an autoencoder in float32, whatever the network's precision
-- rewards after all sampling
-- a loop over the schedule of its own: everything else goes through `rlg.diffusion.sampling.trajectory`
-- states and next states, embeddings and log-probabilities of all images in one table, cut into batches again
-- a pass for each batch and denoising step, and one of the base where there is a KL
-- a pass for every sample, also where its advantage is 0 (Flow-GRPO leaves those out; the benchmark's reward has none)
+    - text encoders that run for each image of each batch, in every iteration
+    - an autoencoder in float32, whatever the network's precision
+    - rewards after all sampling
+    - its own loop over the schedule, where the rest of the project uses `rlg.diffusion.sampling.trajectory`
+    - states and next states, embeddings and log-probabilities of all images in one table, cut into batches again
+    - a pass for each batch and denoising step, and one of the base where there is a KL
+    - a pass for every sample, also where its advantage is 0 (Flow-GRPO skips those; the benchmark's reward has none)
 
 As there, classifier-free guidance at scale 1 has no unconditional branch, and beta 0 no pass of the base. Network,
-kernels and optimizer are the project's own: what differs is what is computed, not how fast a layer is. The plain ratio
-only (no GRPO-Guard), one process, no mixed precision.
+kernels and optimizer are the project's own, so that both differ in what they compute, and not in the speed of a layer.
+It has the plain ratio only (no GRPO-Guard), one process and no mixed precision.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Table = dict[str, Tensor]
 
 
 class PlainGRPO:
-    """Sample, score, normalise, train."""
+    """The plain loop: sample, score, normalise, train."""
 
     def __init__(
         self, config: GRPOConfig, policy: Policy, reward: RewardMix, prompts: Sequence[Prompt], phases: Phases
@@ -58,7 +58,10 @@ class PlainGRPO:
         )
 
     def iteration(self, batches: Sequence[Sequence[SampleId]], schedule: Schedule, steps: Sequence[int]) -> float:
-        """Everything from the samples' identities to the optimizer step; steps: those trained. Returns the loss."""
+        """Run an iteration from identities of samples to the optimizer step.
+
+        steps: those that are trained. Returns the loss.
+        """
         table = self.sample(batches, schedule)
         with self.phases("reward"):
             table["advantage_B"] = self.advantages(batches, table.pop("image_B3HW"))
@@ -71,7 +74,7 @@ class PlainGRPO:
 
     @torch.no_grad()
     def sample(self, batches: Sequence[Sequence[SampleId]], schedule: Schedule) -> Table:
-        """All images with what training needs of them, joined along the batch."""
+        """Sample all images, with inputs of training joined along the batch."""
         rows: list[Table] = []
         for ids in batches:
             with self.phases("text encoding"):
@@ -84,7 +87,10 @@ class PlainGRPO:
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def denoise(self, cond: Conditioning, noise: SampleNoise, schedule: Schedule) -> Table:
-        """States before and after every step, and the log-probabilities of the steps that have one."""
+        """Denoise.
+
+        Returns states before and after every step, and the log-probabilities of the steps that have one.
+        """
         x = noise.initial()
         before, after, logps = [], [], []
         for i in range(len(schedule)):
@@ -100,7 +106,10 @@ class PlainGRPO:
         return {name: torch.stack(values, dim=1) for name, values in stacked.items()} | {"x0_BCHW": x}
 
     def predict(self, x_BCHW: Tensor, t: Tensor, cond: Conditioning, base: bool = False) -> Tensor:
-        """The network's output under classifier-free guidance, both branches in one batch; at scale 1 there is one."""
+        """The network's output under classifier-free guidance.
+
+        Both branches are one batch; at scale 1 there is one branch.
+        """
         network = self.policy.reference if base else self.policy.predict
         if self.config.cfg == 1:
             return network(x_BCHW, t.expand(len(cond)), cond)
@@ -109,13 +118,16 @@ class PlainGRPO:
         return unconditional + self.config.cfg * (conditional - unconditional)
 
     def decode(self, x0_BCHW: Tensor) -> Tensor:
-        """Images in [0, 1]."""
+        """Images of latents, in [0, 1]."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         image = self.vae.decode(x0_BCHW / self.vae.config.scaling_factor + shift).sample
         return (image / 2 + 0.5).clamp(0, 1)
 
     def advantages(self, batches: Sequence[Sequence[SampleId]], image_B3HW: Tensor) -> Tensor:
-        """(B,) rewards, less their prompt's mean, over the standard deviation of the prompt's or of all."""
+        """(B,) rewards less their prompt's mean, over a standard deviation.
+
+        The standard deviation is that of the prompt's rewards, or of all.
+        """
         chosen = [sample.prompt for ids in batches for sample in ids]
         prompts = [self.prompts[p] for p in chosen]
         reward_B = self.reward(image_B3HW, [p.text for p in prompts], [p.metadata for p in prompts]).total_B.double()
@@ -131,7 +143,10 @@ class PlainGRPO:
         return advantage_B.clamp(-clip, clip).float().to(self.policy.device)
 
     def accumulate(self, table: Table, schedule: Schedule, steps: Sequence[int]) -> float:
-        """Gradients of one update, batch by batch and step by step; returns their mean loss."""
+        """Accumulate the gradients of one update; return the mean loss.
+
+        It goes batch by batch and step by step.
+        """
         size = self.config.batch_size
         count = len(table["advantage_B"]) // size
         total = 0.0
@@ -145,7 +160,7 @@ class PlainGRPO:
         return total
 
     def loss(self, batch: Table, schedule: Schedule, i: int) -> Tensor:
-        """Clipped policy loss and KL of a batch at one step."""
+        """Clipped policy loss, with KL, of a batch at one step."""
         config = self.config
         cond = Conditioning({name: batch[name] for name in self.negative.tensors})
         x, x_next = batch["before_BTCHW"][:, i], batch["after_BTCHW"][:, i]

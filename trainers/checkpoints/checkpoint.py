@@ -1,4 +1,7 @@
-"""Checkpoints: all that a run needs to go on, to the bit on the same CPU, and the adapter that evaluation reads."""
+"""Checkpoints: write and restore everything that a run needs.
+
+A run that resumes goes on to the bit on the same CPU. The adapter in a checkpoint is the one that evaluation reads.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,17 @@ from trainers.checkpoints import checkpoint_folder, engines, provenance
 from trainers.core.config import TrainConfig
 from trainers.core.run_folder import write_config
 
-# What reading a checkpoint raises whose files are not what they were; errors of settings are plain ValueErrors.
+# Errors of reading damaged files. Errors of settings are plain ValueErrors.
 DAMAGED = (SafetensorError, KeyError, OSError, TypeError, AttributeError, IndexError, RuntimeError)
 
 
 class Ema:
-    """Exponential moving average of the LoRA, warmed up over n optimizer steps as in Flow-GRPO (flow_grpo/ema.py):
+    """Exponential moving average of the LoRA, with Flow-GRPO's warm-up (flow_grpo/ema.py).
 
-    average <- d average + (1 - d) LoRA, `repeats` times after step n if `every` divides n + 1, where
-    d = min((1 + n) / (10 + n), decay). There the average is looked after once a batch, and not once a step, so that
-    it takes the same weights in as often as a step has batches on each process.
+        average <- d average + (1 - d) LoRA,   d = min((1 + n) / (10 + n), decay)
+
+    It is taken `repeats` times after optimizer step n if `every` divides n + 1. Flow-GRPO takes it after a batch, not
+    after a step: `repeats` is the number of batches of a step on each process, so that weights count as much as there.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float, every: int, repeats: int = 1):
@@ -45,7 +49,7 @@ class Ema:
             self.shadow = [p.detach().clone() for p in self.parameters]
 
     def update(self) -> None:
-        """Count an optimizer step, and fold the parameters in when it is time."""
+        """Count an optimizer step; every `every` steps, average in the parameters."""
         self.steps += 1
         if (self.steps + 1) % self.every:
             return
@@ -64,31 +68,34 @@ class Ema:
 
 
 class Reader(Protocol):
-    """Data that is read in order."""
+    """Protocol of data that is read in order."""
 
     def save_place(self, step: int, folder: Path) -> None:
-        """Write where it is before iteration `step`."""
+        """Write how far the data is read before iteration `step`."""
 
     def load_place(self, step: int, folder: Path) -> None:
-        """Go on from there."""
+        """Read on from the place in a checkpoint."""
 
 
 @dataclass
 class TrainState:
-    """Everything a checkpoint restores."""
+    """Everything that a checkpoint restores."""
 
     policy: Policy
     optimizer: Any
     ema: Ema | None
     copies: dict[str, list[nn.Parameter]] = field(default_factory=dict)  # adapters beside the trained one, by name
-    data: Reader | None = None  # what has a place of its own, on each process
+    data: Reader | None = None  # data that keeps a place of its own on each process
     step: int = 0
-    counters: dict[str, float] = field(default_factory=dict)  # images, seconds
-    record: Record = field(default_factory=dict)  # what the run is made of
+    counters: dict[str, float] = field(default_factory=dict)  # images made, seconds spent
+    record: Record = field(default_factory=dict)  # digests and versions of what the run is made of
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the network holds the moving average, where there is one."""
+        """Put the moving average into the network for the block.
+
+        Nothing happens if there is none.
+        """
         if self.ema:
             self.ema.swap()
         try:
@@ -101,7 +108,7 @@ class TrainState:
 def save_checkpoint(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> Path:
     """Write checkpoint-N, whole or not at all.
 
-    `adapter/` and the diffusers file hold the moving average where there is one: it is what evaluation should use.
+    `adapter/` and the diffusers file hold the moving average where there is one, because evaluation should use it.
     """
     with checkpoint_folder.written(config, accelerator, state.step) as folder:
         (folder / TRAINER_STATE).mkdir(exist_ok=True)
@@ -113,7 +120,10 @@ def save_checkpoint(config: TrainConfig, accelerator: Accelerator, state: TrainS
 
 
 def _write(config: TrainConfig, accelerator: Accelerator, state: TrainState, folder: Path) -> None:
-    """All but the generators. Every process calls it, as what lies in parts comes together; the main one writes."""
+    """Write all but the states of the generators.
+
+    Every process calls it, because parts of a state are gathered. The main process writes.
+    """
     main, adapters = accelerator.is_main_process, _adapters(state)
     optimizer = engines.optimizer_state(state.optimizer, adapters["lora"])
     with engines.whole([p for parameters in adapters.values() for p in parameters]):
@@ -153,16 +163,16 @@ def _adapters(state: TrainState) -> dict[str, list[nn.Parameter]]:
 
 
 def resume(config: TrainConfig, accelerator: Accelerator, state: TrainState) -> None:
-    """Restore the last whole checkpoint, and forget the metrics of later steps. Raises ValueError if there is none.
+    """Restore the last whole checkpoint, and forget the metrics of later steps.
 
-    Settings are those of `config`; see `provenance.check_changes`.
+    Settings are those of `config`; see `provenance.check_changes`. Raises ValueError if there is no whole checkpoint.
     """
     found = checkpoint_folder.to_resume(config.folder, accelerator)
     with together():
         provenance.check_changes(config, state.record, found, read_state(found))
     try:
         _restore(config, accelerator, state, found)
-    except DAMAGED as error:  # of a checkpoint without a manifest
+    except DAMAGED as error:  # a checkpoint without a manifest may be damaged
         raise ValueError(f"{found} is damaged ({error}); remove it to resume from an earlier one") from error
     if accelerator.is_main_process:
         truncate_metrics(config.folder / METRICS, state.step)
@@ -183,7 +193,7 @@ def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, f
     check_shapes(saved, engines.shapes(state.policy.trainable()), folder)
     engines.load_optimizer_state(state.optimizer, state.policy.trainable(), saved)
     for group, ours in zip(state.optimizer.param_groups, options, strict=True):
-        group.update(ours)  # the file brings its own learning rate
+        group.update(ours)  # keep the learning rate of the config, not that of the file
     if state.ema:
         file = state_file(folder, "ema")
         average = load_file(file if file.is_file() else state_file(folder, "lora"))
@@ -201,7 +211,10 @@ def _restore(config: TrainConfig, accelerator: Accelerator, state: TrainState, f
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint. Raises ValueError for what no trainer wrote."""
+    """Read the state.json of a checkpoint.
+
+    Raises ValueError for content that no trainer wrote.
+    """
     file = folder / STATE
     row = read_json(file)
     for name, kind in {"step": int, "ema_steps": int | None, "counters": dict | None}.items():
@@ -223,7 +236,10 @@ def _step_in(line: str, path: Path) -> int:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Forget the metrics of later steps, a line that was cut off, and the NULs that a loss of power leaves."""
+    """Forget the metrics of later steps, and damaged lines.
+
+    A line may be cut off, and a loss of power leaves NULs.
+    """
     text = path.read_text(errors="replace").replace("\0", "") if path.is_file() else ""
     lines = text.splitlines()
     kept = [line for line in lines if line.endswith("}") and _step_in(line, path) <= step]

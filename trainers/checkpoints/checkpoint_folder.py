@@ -1,7 +1,7 @@
-"""Checkpoints as folders: written whole or not at all, found again, checked, and deleted when there are too many.
+"""Checkpoint folders: written whole or not at all, found, checked, deleted.
 
-What is in them is the trainer's affair. A checkpoint is put together under another name, sealed with a manifest
-(`rlg.io.manifest`) and renamed; one from before there were manifests counts as whole if it has a state.json.
+A trainer decides the content. A checkpoint is put together under a temporary name, sealed with a manifest
+(`rlg.io.manifest`) and renamed. A checkpoint from before there were manifests counts as whole if it has a state.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainers.core.config import RunConfig
 
 _SMALLER = "lower batch_size (with --resume: and give --allow_changes) or the resolution"
 _SAVE = "set gradient_checkpointing, lower update_batch_size if there is one,"
-_TO_LOWER = {  # by the function that was at work; see `rlg.io.out_of_memory`
+_TO_LOWER = {  # Keys are the functions that ran out of memory; see `rlg.io.out_of_memory`.
     "": f"while training: {_SMALLER}",
     "rollout": f"while sampling: {_SMALLER}",
     "evaluate": f"while sampling held-out images: {_SMALLER}",
@@ -33,11 +33,14 @@ _TO_LOWER = {  # by the function that was at work; see `rlg.io.out_of_memory`
     "update": f"in an update: {_SAVE} or {_SMALLER}",
     "backward": f"in a backward pass: {_SAVE} or {_SMALLER}",
 }
-_SEALED = "sealed"  # in state.json: there must be a manifest
+_SEALED = "sealed"  # key of state.json that says that there must be a manifest
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first: all but those that were clearly never finished. They may be damaged."""
+    """Checkpoints of a run, oldest first.
+
+    Those that were clearly never finished are left out. The others may be damaged.
+    """
     found = [path for path in folder.glob("*") if run_folder.step_of(path.name) is not None]
     known = [path for path in found if (path / STATE).is_file() or (path / manifest.MANIFEST).is_file()]
     return sorted(known, key=_step_of)
@@ -50,15 +53,19 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def write_state(folder: Path, row: Mapping[str, Any]) -> None:
-    """state.json, by which a checkpoint is known, of one that `written` seals."""
+    """Write state.json, by which a checkpoint is known.
+
+    It says that `written` seals the checkpoint with a manifest.
+    """
     (folder / STATE).write_text(json.dumps({**row, _SEALED: True}))
 
 
 @contextmanager
 def written(config: RunConfig, accelerator: Accelerator, step: int) -> Iterator[Path]:
-    """A folder that becomes checkpoint-`step` after the block, which all processes run; then older ones make room.
+    """Yield a folder that becomes checkpoint-`step` after the block.
 
-    A failure of one process is one of all, and leaves the checkpoints as they were.
+    All processes run the block. Older checkpoints then make room. If one process fails, all fail, and the checkpoints
+    stay as they were.
     """
     final, main = run_folder.checkpoint_at(config.folder, step), accelerator.is_main_process
     temporary = atomic.temporary_of(final)
@@ -83,14 +90,20 @@ def written(config: RunConfig, accelerator: Accelerator, step: int) -> Iterator[
 
 
 def _make_room(folder: Path, newest: int, limit: int | None) -> None:
-    """Delete the oldest; ones after the newest whole one are damaged, and neither count nor push it out."""
+    """Delete the oldest checkpoints beyond the limit.
+
+    Those after the newest whole one are damaged. They do not count, and do not push it out.
+    """
     older = [path for path in checkpoints(folder) if _step_of(path) <= newest]
     for path in older[: -limit if limit else 0]:
         atomic.discard(path)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the last checkpoint that is whole, what is wrong with those after it)."""
+    """Find the last whole checkpoint.
+
+    Returns (the checkpoint, the faults of those after it).
+    """
     faults = []
     for checkpoint in reversed(checkpoints(folder)):
         fault = _fault(checkpoint)
@@ -111,9 +124,9 @@ def _fault(checkpoint: Path) -> str | None:
 
 
 def to_resume(folder: Path, accelerator: Accelerator) -> Path:
-    """The last whole checkpoint of a run, the same on all processes; warns of damaged ones that it passes over.
+    """The last whole checkpoint of a run, the same on all processes.
 
-    Raises ValueError if there is none.
+    Warns of damaged ones that it passes over. Raises ValueError if there is none.
     """
     found: list[Path | None] = [None]
     with together():
@@ -128,14 +141,17 @@ def to_resume(folder: Path, accelerator: Accelerator) -> Path:
 
 
 def last_of(folder: Path) -> str:
-    """What a message says of the last whole checkpoint."""
+    """Words about the last whole checkpoint, for a message."""
     found, _ = newest_whole(folder)
     return f"the last whole checkpoint is {found}, which --resume goes on from" if found else "nothing is saved yet"
 
 
 @contextmanager
 def explaining(folder: Path) -> Iterator[None]:
-    """Within, an error of the system, or no memory, is one line that names the last whole checkpoint of the run."""
+    """Turn system errors and lack of memory into one line.
+
+    The line names the last whole checkpoint of the run.
+    """
     kept = partial(last_of, folder)
     with out_of_memory.explaining(_TO_LOWER, kept), atomic.explaining(f"cannot go on with {folder}", kept):
         yield

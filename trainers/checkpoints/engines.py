@@ -1,12 +1,12 @@
-"""Engines that share the training state out over processes, through accelerate: DeepSpeed's ZeRO-2, ZeRO-3, and FSDP2.
+"""Engines of accelerate that share training state out: DeepSpeed's ZeRO, and FSDP2.
 
-ZeRO-2 keeps each process a part of the optimizer's state, and ZeRO-3 a part of every parameter, too. FSDP2 keeps it a
-part of the frozen base; the LoRA stays whole on every process. What differs from plain training is in this module:
-elsewhere, parameters are read and written within `whole`, the optimizer's state goes through `optimizer_state` and
+ZeRO-2 gives each process a part of the optimizer's state, and ZeRO-3 a part of every parameter, too. FSDP2 gives it a
+part of the frozen base; the LoRA stays whole on every process. All differences from plain training are in this module.
+Elsewhere, parameters are read and written within `whole`, the optimizer's state goes through `optimizer_state` and
 `load_optimizer_state`, a loss through `share`, and gradients through `average_gradients`. Checkpoints hold whole
-tensors, so that one made under any engine and number of processes is resumed under any other.
+tensors, so another engine, or another number of processes, can resume them.
 
-`whole`, the two functions of the optimizer's state and `average_gradients` are collective: every process calls them.
+Every process calls `whole`, the two functions of the optimizer's state and `average_gradients`: they are collective.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.integrations import unset_hf_deepspeed_config
 
-_SLOTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, beside the number of steps
+_SLOTS = ("exp_avg", "exp_avg_sq")  # values that AdamW keeps of a parameter, besides the number of steps
 
 
 def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
@@ -38,8 +38,8 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
             "give --mixed_precision no (the base keeps its own dtype)"
         )
     if not torch.accelerator.is_available():
-        # Told so, processes on the CPU find each other, by gloo; else each would believe that it is alone. It is said
-        # here and not to the Accelerator, which would then leave DeepSpeed out.
+        # Processes on the CPU find each other, by gloo, only if PartialState is told so; else each would believe it is
+        # alone. The Accelerator is not told, because it would then leave DeepSpeed out.
         PartialState(cpu=True)
     if deepspeed:
         _no_compiler()
@@ -48,15 +48,15 @@ def make_accelerator(mixed_precision: str, **options: Any) -> Accelerator:
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and not _is_fsdp(accelerator):
         raise ValueError("accelerate has FSDP on GPUs only; on CPUs launch with launch/accelerate/cpu2.yaml")
     if deepspeed:
-        unset_hf_deepspeed_config()  # else transformers would partition what it loads, such as text encoders
+        unset_hf_deepspeed_config()  # otherwise transformers would partition what it loads, such as text encoders
     return accelerator
 
 
 def _forget_precision(mixed_precision: str) -> None:
-    """Let the next `Accelerator` of this process have another precision; those that there are keep their own.
+    """Let the next `Accelerator` of this process have another precision.
 
-    accelerate holds it once a process, and refuses another. DeepSpeed and FSDP hold more there, which one process
-    sets once.
+    Existing ones keep their own. accelerate holds the precision once a process, and refuses another. DeepSpeed and
+    FSDP hold more there, which can be set only once a process.
     """
     state = AcceleratorState._shared_state
     plain = PartialState._shared_state.get("distributed_type") not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
@@ -65,10 +65,10 @@ def _forget_precision(mixed_precision: str) -> None:
 
 
 def require_scaler(accelerator: Accelerator, dtype: str) -> None:
-    """Raise ValueError for a trained network in float16 without a loss scaler: most of its gradient is rounded to 0.
+    """Raise ValueError for a trained float16 network without a loss scaler.
 
-    accelerate has one with mixed_precision fp16, on GPUs. DeepSpeed has one in its own fp16 engine, which rounds the
-    LoRA, too, and is refused by `make_accelerator`.
+    Without it, most of the gradient is rounded to 0. accelerate has a scaler with mixed_precision fp16, on GPUs.
+    DeepSpeed has one in its own fp16 engine; that engine also rounds the LoRA, so `make_accelerator` refuses it.
     """
     if dtype != "float16" or (accelerator.scaler is not None and accelerator.scaler.is_enabled()):
         return
@@ -80,14 +80,17 @@ def require_scaler(accelerator: Accelerator, dtype: str) -> None:
 
 
 def _no_compiler() -> None:
-    """Leave out what DeepSpeed compiles at its start on the CPU, a collective that only inference uses."""
+    """Keep DeepSpeed from compiling a collective at its start on the CPU.
+
+    Only inference uses that collective.
+    """
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def require_plain(accelerator: Accelerator, what: str) -> None:
-    """Raise ValueError under DeepSpeed, for what it cannot train."""
+    """Raise ValueError under DeepSpeed, for a training that it cannot do."""
     if is_deepspeed(accelerator):
         raise ValueError(
             f"DeepSpeed cannot train {what}; launch with another file, such as launch/accelerate/8gpu.yaml"
@@ -95,17 +98,21 @@ def require_plain(accelerator: Accelerator, what: str) -> None:
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed takes the optimizer's steps."""
+    """Tell whether DeepSpeed takes the optimizer's steps."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def configure(accelerator: Accelerator, network: nn.Module, batch_size: int, max_grad_norm: float) -> None:
-    """Tell the engine what the training config says, before `accelerator.prepare`. Raises ValueError for FSDP 1."""
+    """Tell the engine the training config, before `accelerator.prepare`.
+
+    Raises ValueError for FSDP 1.
+    """
     if is_deepspeed(accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = batch_size
         settings["train_batch_size"] = batch_size * accelerator.num_processes
-        settings["gradient_accumulation_steps"] = 1  # it changes between iterations: `share` counts
+        # the number of passes changes between iterations, so `share` divides
+        settings["gradient_accumulation_steps"] = 1
         settings["gradient_clipping"] = max_grad_norm
     elif _is_fsdp(accelerator):
         plugin = accelerator.state.fsdp_plugin
@@ -116,7 +123,10 @@ def configure(accelerator: Accelerator, network: nn.Module, batch_size: int, max
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Under FSDP2, the mean of all processes' gradients, which it leaves to us: the LoRA is whole everywhere."""
+    """Average gradients over all processes under FSDP2.
+
+    FSDP2 leaves this to us, because the LoRA is whole everywhere.
+    """
     if _is_fsdp(accelerator):
         for parameter in parameters:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
@@ -127,16 +137,19 @@ def _is_fsdp(accelerator: Accelerator) -> bool:
 
 
 def share(accelerator: Accelerator, loss: Tensor) -> Tensor:
-    """What `accelerator.backward` takes: accelerate itself divides by the passes of a step, but not for DeepSpeed."""
+    """The loss for `accelerator.backward`.
+
+    accelerate divides it by the passes of a step, except under DeepSpeed. There, this function divides.
+    """
     return loss / accelerator.gradient_accumulation_steps if is_deepspeed(accelerator) else loss
 
 
 @contextmanager
 def whole(parameters: Sequence[nn.Parameter], write: bool = False) -> Iterator[None]:
-    """Within, the parameters are whole on every process; with `write`, what the first process made of them stays.
+    """Make parameters whole on every process for the block.
 
-    Writing changes what the network computes with; the optimizer steps from values of its own until
-    `load_optimizer_state`.
+    With `write`, the changes of the first process stay. They change the network's computation; the optimizer steps
+    from its own values until `load_optimizer_state`.
     """
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
@@ -148,12 +161,15 @@ def whole(parameters: Sequence[nn.Parameter], write: bool = False) -> Iterator[N
 
 
 def shapes(parameters: Sequence[nn.Parameter]) -> list[tuple[int, ...]]:
-    """Of the whole parameters."""
+    """Shapes of the whole parameters."""
     return [tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in parameters]
 
 
 def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """torch's `state_dict` of the optimizer, whole, by the place of a parameter in the list."""
+    """torch's `state_dict` of the optimizer, whole.
+
+    Its keys are places in the list of parameters.
+    """
     zero = _zero_of(optimizer, parameters)
     if zero is None:
         return optimizer.state_dict()
@@ -161,7 +177,7 @@ def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[
 
     inner, state = zero.optimizer, {}
     steps = [slots["step"] for slots in inner.state.values() if "step" in slots]
-    for i, parameter in enumerate(parameters if steps else ()):  # before the first step there is none
+    for i, parameter in enumerate(parameters if steps else ()):  # before the first step there is no state
         slots = {name: safe_get_full_optimizer_state(parameter, name) for name in _SLOTS}
         state[i] = {"step": torch.as_tensor(steps[0]).cpu().clone()} | slots
     groups = [{name: value for name, value in group.items() if name != "params"} for group in inner.param_groups]
@@ -169,9 +185,10 @@ def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[
 
 
 def load_optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter], state: dict[str, Any]) -> None:
-    """Restore `optimizer_state`, after the parameters: from here on the optimizer steps from their values.
+    """Restore `optimizer_state`, after the parameters.
 
-    Under ZeRO the options of the groups stay as they are.
+    From here on the optimizer steps from the values of the parameters. Under ZeRO the options of the groups stay as
+    they are.
     """
     zero = _zero_of(optimizer, parameters)
     if zero is None:
@@ -195,7 +212,7 @@ def _zero_of(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Any:
 
 
 def _allocate(zero: Any, step: Tensor) -> None:
-    """What AdamW allocates in its first step."""
+    """Allocate the state that AdamW allocates in its first step."""
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     for flat in zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups:
         zero.optimizer.state[flat] = {"step": step.clone()} | {name: torch.zeros_like(flat) for name in _SLOTS}
@@ -204,7 +221,10 @@ def _allocate(zero: Any, step: Tensor) -> None:
 
 
 def _set_part(parameter: nn.Parameter, value: Tensor, slot: str | None = None) -> None:
-    """This process's part of the value from which the optimizer steps, or of one of AdamW's slots."""
+    """Set this process's part of a value of the optimizer.
+
+    The value is the one from which the optimizer steps or, with `slot`, one of AdamW's averages.
+    """
     from deepspeed import comm, utils
 
     if not hasattr(parameter, "ds_id"):

@@ -1,4 +1,7 @@
-"""Updates that are not made: a loss, gradient or reward that is not finite costs one step, and not the run."""
+"""Skipped updates: a loss, gradient or reward that is not finite.
+
+Such a value costs one step, and not the run.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,30 @@ _LEAST_SCALE = 1.0  # a gradient scaler below this does not overflow because of 
 
 
 class Skips:
-    """Counts the updates that a run skipped, alike on all processes, and stops it after `limit` in a row.
+    """Counter of skipped updates.
 
-    DeepSpeed makes an update within the backward pass, where none can be skipped: there, the first stops the run.
+    It stops the run after `limit` of them in a row.
+
+    All processes count alike. DeepSpeed makes an update within the backward pass, where none can be skipped:
+    there, the first one stops the run.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, limit: int):
         self.accelerator, self.folder = accelerator, folder
         self.limit = 1 if engines.is_deepspeed(accelerator) else limit
         self.total = self.in_a_row = 0
-        self._broken: Tensor | None = None  # whether a loss since the last update was not finite
+        self._broken: Tensor | None = None  # set if a loss since the last update was not finite
 
     def watch(self, loss: Tensor) -> None:
-        """Take note of a loss that goes into the next update."""
+        """Check a loss that goes into the next update."""
         broken = ~loss.detach().isfinite()
         self._broken = broken if self._broken is None else self._broken | broken
 
     def must(self, grad_norm: Any) -> bool:
-        """Whether the update that is due has to be skipped, because of any process; counts it.
+        """Tell whether to skip the due update, and count it if so.
 
-        Raises ValueError where too many were. A gradient scaler (fp16) looks for its scale by overflows: those count
-        as skipped, but not against the limit.
+        The update is skipped if one process has to. Raises ValueError where too many were. A gradient scaler (fp16)
+        looks for its scale by overflows: those count as skipped, but not against the limit.
         """
         loss_broken = self._broken is not None and bool(self._broken)
         gradient_broken = not math.isfinite(float(grad_norm))
@@ -54,7 +60,10 @@ class Skips:
         return True
 
     def count(self, what: str, searching: bool = False) -> None:
-        """One more, as `what` was not finite. Raises ValueError where that is too many in a row."""
+        """Count one more skip, because `what` was not finite.
+
+        Raises ValueError if there are too many in a row.
+        """
         self.total += 1
         self.in_a_row += not searching
         if self.in_a_row >= self.limit:
@@ -64,14 +73,14 @@ class Skips:
             )
 
     def counters(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """The counters that a checkpoint keeps."""
         return {SKIPPED: self.total, _IN_A_ROW: self.in_a_row}
 
     def restore(self, counters: Mapping[str, float]) -> None:
-        """Go on counting where a checkpoint was."""
+        """Restore the counters of a checkpoint."""
         self.total, self.in_a_row = int(counters.get(SKIPPED, 0)), int(counters.get(_IN_A_ROW, 0))
 
 
 def finite_mean(values: Tensor) -> Tensor:
-    """Mean over what is finite; NaN if nothing is."""
+    """Mean over the finite values; NaN if there are none."""
     return values[values.isfinite()].mean()

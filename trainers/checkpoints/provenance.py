@@ -1,7 +1,7 @@
-"""Record and compare what a run is made of.
+"""Digests, versions and settings of a run, recorded and compared.
 
-A checkpoint's state.json has digests and versions (`rlg.models.fingerprint`). config.yaml has the settings that hold,
-and below them a comment for each time that a run went on with others.
+A checkpoint's state.json has digests and versions (`rlg.models.fingerprint`). config.yaml has the present settings.
+Below them, a comment records each resume with other settings.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rlg.prompts import Prompt
 from trainers.core.config import RunConfig, TrainConfig, settings
 from trainers.core.run_folder import write_config
 
-_PACKAGES = ("accelerate", "trl", "datasets")  # beside those that decide the numbers of an evaluation
-_CHANGED = "# changed at"  # how a comment in config.yaml begins
+_PACKAGES = ("accelerate", "trl", "datasets")  # besides those that decide the numbers of an evaluation
+_CHANGED = "# changed at"  # beginning of such a comment in config.yaml
 _MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "max_skipped")
 _MAY_CHANGE += ("report_to", "project", "reward_seconds")
-_MAY_CHANGE += ("gradient_checkpointing", "compile", "update_batch_size")  # the same numbers, but for rounding
+_MAY_CHANGE += ("gradient_checkpointing", "compile", "update_batch_size")  # they change numbers by rounding alone
 _MAY_CHANGE += ("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license")
 
 
@@ -37,7 +37,7 @@ def record(
     """Digests and versions of what a run is made of.
 
     One process a node reads the files of models and data, and all compare what they know. prompts: sets of them by
-    their part in it; data: where the training data is. Raises ValueError where nodes hold different files under one
+    their part in it. data: where the training data is. Raises ValueError where nodes hold different files under one
     name.
     """
     found: Record = {fingerprint.DIGESTS: {name: fingerprint.of_prompts(rows) for name, rows in prompts.items()}}
@@ -52,7 +52,7 @@ def record(
 
 
 def _models(config: RunConfig) -> dict[str, str]:
-    """Where the models of the rewards are, of those that have one."""
+    """Places of the models of the rewards that have one."""
     if not isinstance(config, TrainConfig):
         return {}
     return places([name for name in (*config.reward, *config.held_out_reward) if name.partition("=")[0] in REWARDS])
@@ -61,8 +61,8 @@ def _models(config: RunConfig) -> dict[str, str]:
 def check_changes(config: RunConfig, record: Record, checkpoint: Path, made_of: Mapping[str, Any]) -> None:
     """Raise ValueError for settings and files of another run.
 
-    With --allow_changes they are warned of. made_of: the checkpoint's state.json. Other versions of the libraries are
-    only warned of.
+    With --allow_changes it warns of them instead. made_of: the checkpoint's state.json. Of other versions of the
+    libraries it only warns.
     """
     file = checkpoint / CONFIG
     before = read_config(file) if file.is_file() else {}
@@ -94,7 +94,7 @@ def changes_of(folder: Path) -> list[str]:
 def note_changes(config: RunConfig, step: int) -> None:
     """Bring a resumed run's config.yaml up to date.
 
-    What was there before is kept in it as a comment; an option that was not there is none that changed.
+    A comment keeps the former values. An option that did not exist before is no change.
     """
     before = read_config(config.folder / CONFIG) if (config.folder / CONFIG).is_file() else {}
     now = settings(config)

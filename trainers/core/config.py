@@ -26,9 +26,13 @@ SCALES = ("group", "batch", "none")
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Options of everything that is trained, policy or not. Names follow TRL."""
+    """Options of every training, with or without a policy.
 
-    RETIRED: ClassVar[Mapping[str, Any]] = {}  # former options that did nothing, with their defaults; see `as_written`
+    Names follow TRL.
+    """
+
+    # former options that had no effect, with their defaults; see `as_written`
+    RETIRED: ClassVar[Mapping[str, Any]] = {}
 
     base: str = field(metadata={"help": "base model: hub id, folder, or tiny-sd, tiny-sd3, tiny-sdxl"})
     name: str = field(metadata={"help": "name of the run: its folder is output_dir/name"})
@@ -99,14 +103,23 @@ class RunConfig:
         return Path(self.output_dir) / self.name
 
     def check_inputs(self, given: Collection[str] = ()) -> None:
-        """Raise ValueError for an input that is not named here, nor among the fields that a trainer is given."""
+        """Raise ValueError for an input that neither config nor caller gives.
+
+        given: fields that a trainer is given.
+        """
 
     def idle_options(self) -> Mapping[str, Any]:
-        """Default by name of the options that have no part in such a run; no file of it lists them."""
+        """Defaults of the options that have no effect in such a run.
+
+        No file of the run lists them.
+        """
         return {}
 
     def derived(self, processes: int) -> dict[str, int]:
-        """Counts that follow from the sizes. Raises ValueError where sizes do not fit together."""
+        """Counts that follow from the sizes.
+
+        Raises ValueError where sizes do not fit together.
+        """
         raise NotImplementedError
 
 
@@ -114,7 +127,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """Options that every trainer of a policy has."""
 
-    LORA_COPIES: ClassVar[int] = 0  # frozen ones, beside the moving average
+    LORA_COPIES: ClassVar[int] = 0  # frozen copies of the LoRA, besides the moving average
 
     reward: list[str] = field(default_factory=list, metadata={"help": "rewards to evaluate"})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "their weights (default: 1 each)"})
@@ -182,7 +195,10 @@ class TrainConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class SamplingConfig(TrainConfig):
-    """Options of training on the policy's own samples, in groups of one prompt; the defaults are Flow-GRPO's."""
+    """Options of training on the policy's own samples.
+
+    Samples come in groups of one prompt. The defaults are Flow-GRPO's.
+    """
 
     MIN_GENERATIONS: ClassVar[int] = 2  # an algorithm that compares within a group needs two
 
@@ -212,7 +228,10 @@ class SamplingConfig(TrainConfig):
         require_inputs(self, given, "reward", "prompts")
 
     def derived(self, processes: int) -> dict[str, int]:
-        """Counts that follow from the sizes. Raises ValueError, with both numbers, where sizes do not divide."""
+        """Counts that follow from the sizes.
+
+        Raises ValueError, with both numbers, where sizes do not divide.
+        """
         images = self.num_prompts * self.num_generations
         batch = processes * self.batch_size
         if images % batch:
@@ -234,7 +253,10 @@ class SamplingConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class AdvantageConfig(SamplingConfig):
-    """Options of advantages, for which samples count; the defaults are Flow-GRPO's."""
+    """Options of advantages.
+
+    An advantage says how much a sample counts. The defaults are Flow-GRPO's.
+    """
 
     scale_rewards: str = field(
         default="batch", metadata={"help": "divide advantages by the std of: group, batch, none"}
@@ -250,14 +272,17 @@ class AdvantageConfig(SamplingConfig):
 
 
 def own_options(kind: type[RunConfig], base: type[RunConfig]) -> dict[str, Any]:
-    """Default by name of the options that a config has and its base has not, of those that have a default."""
+    """Defaults of the options that a config adds to its base.
+
+    Options without a default are left out.
+    """
     inherited = {each.name for each in dataclasses.fields(base)}
     rows = [each for each in dataclasses.fields(kind) if each.name not in inherited]
     return {each.name: each.default for each in rows if each.default is not dataclasses.MISSING}
 
 
 def require_inputs(config: Any, given: Collection[str], *names: str) -> None:
-    """Raise ValueError for inputs that are neither named in the config nor given to the trainer."""
+    """Raise ValueError for inputs that neither config nor caller names."""
     missing = [name for name in names if not getattr(config, name) and name not in given]
     if missing:
         raise ValueError(f"there is nothing to train on without {' and '.join(missing)}; see --help")
@@ -277,29 +302,33 @@ def require_choice(config: Any, name: str, known: Sequence[str | None]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(config, name)!r}")
 
 
-_COMMAND = ("resume", "overwrite", "allow_changes", "dry_run", "processes")  # what to do, and no part of what a run is
+# options that say what to do, and are no part of a run's settings
+_COMMAND = ("resume", "overwrite", "allow_changes", "dry_run", "processes")
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 def answer(kind: type[RunConfig], description: str | None = None) -> None:
-    """Answer --help and mistakes of the command line, before anything slow is imported."""
+    """Answer --help and mistakes of the command line.
+
+    It comes before anything slow is imported.
+    """
     file, _ = config_parser.split(sys.argv[1:])
     config_parser.parse(as_written(kind, file), description=description).check_inputs()
 
 
 def parse_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
-    """A config from `--config FILE` and the command line, which wins. Raises ValueError for an unknown key.
+    """A config from `--config FILE` and the command line, which wins.
 
-    FILE: a YAML file, or a name that `rlg.config_files` knows.
+    FILE: a YAML file, or a name that `rlg.config_files` knows. Raises ValueError for an unknown key.
     """
     from trl import TrlParser
 
     file, rest = config_parser.split(sys.argv[1:] if argv is None else argv)
     written = as_written(kind, file)
     parser = TrlParser(written, prog=Path(sys.argv[0]).name)
-    parser.error = lambda message: stop(f"{message}; see --help")  # one line, without the usage
+    parser.error = lambda message: stop(f"{message}; see --help")  # a message of one line, without the usage
     if file is not None:
         parser.set_defaults_with_config(**config_parser.read_values(written, file))
     names = [field.name for field in dataclasses.fields(written)]
@@ -309,9 +338,10 @@ def parse_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> Conf
 
 
 def as_written(kind: type[ConfigT], file: Path | None) -> type[ConfigT]:
-    """The config that a file was written from: with the retired options in it, if the file is an old run's own.
+    """The class of options by which a file was written.
 
-    In any other file, and on the command line, a retired option is unknown, as one that never was.
+    It has the retired options that the file holds, if the file is an old run's own. In any other file, and on the
+    command line, a retired option is as unknown as one that never existed.
     """
     if file is None or not kind.RETIRED or not is_of_run(file):
         return kind
@@ -321,7 +351,10 @@ def as_written(kind: type[ConfigT], file: Path | None) -> type[ConfigT]:
 
 
 def _without_retired(kind: type[ConfigT], config: ConfigT, where: str) -> ConfigT:
-    """The config without its retired options; one that was not at its default is warned of."""
+    """The config without its retired options.
+
+    It warns of those that were not at their default.
+    """
     values = dataclasses.asdict(config)
     former = {name: values.pop(name) for name in kind.RETIRED if name in values}
     said = [f"{name} = {value!r}" for name, value in former.items() if value != kind.RETIRED[name]]
@@ -331,10 +364,10 @@ def _without_retired(kind: type[ConfigT], config: ConfigT, where: str) -> Config
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What a run is: all options but those that say what to do with it."""
+    """The settings of a run: all options but the commands."""
     return {k: v for k, v in in_use(config).items() if k not in _COMMAND}
 
 
 def in_use(config: RunConfig) -> dict[str, Any]:
-    """All options that have a part in such a run."""
+    """All options that have an effect in such a run."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in config.idle_options()}

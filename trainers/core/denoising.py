@@ -14,14 +14,15 @@ from trainers.core.online import OnlineTrainer, Samples
 
 
 class DenoisingTrainer(OnlineTrainer):
-    """Fits samples at random noise levels, as pretraining does, each counting for its reward.
+    """Trainer that fits its samples at random noise levels.
 
-    An algorithm adds `rollout`, `loss` and, in its config, `num_train_steps`: the noise levels of a sample.
+    Pretraining does the same, but here each sample counts by its reward. An algorithm adds `rollout`, `loss` and, in
+    its config, `num_train_steps`: the noise levels of a sample.
     """
 
     @cached_property
     def process(self) -> Process:
-        """The base's own noising."""
+        """The noising process of the base."""
         return self.policy.process(self.config.resolution)
 
     def loss(
@@ -31,14 +32,17 @@ class DenoisingTrainer(OnlineTrainer):
         raise NotImplementedError
 
     def noised(self, x0_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(rows of the noising, the network's time, x_t, training target), at one random noise level a sample."""
+        """Noise each sample to a random level.
+
+        Returns (rows of the noising, the network's time, x_t, training target).
+        """
         rows_B = process.sample_t(self.process, len(x0_BCHW), generator)
         noise = torch.randn(x0_BCHW.shape, generator=generator).to(x0_BCHW.device)
         x_t, target = process.noise(self.process, rows_B, x0_BCHW, noise)
         return rows_B, self.process.time[rows_B].to(x_t.device), x_t, target
 
     def update(self, samples: Samples, advantage_B: Tensor) -> dict[str, float]:
-        """All optimizer steps of the iteration; returns mean metrics."""
+        """Take all optimizer steps of the iteration; return mean metrics."""
         config = self.config
         advantages = advantage_B.split(config.batch_size)
         self.begin_updates(len(samples.latents) // config.num_updates * config.num_train_steps)

@@ -1,4 +1,4 @@
-"""What `--dry_run` says of a training: its config, counts, memory, and the files that are missing."""
+"""Report of `--dry_run`: config, counts, memory, missing files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DATA = ("data", "image_root", "preference_model")
 
 
 def report(config: RunConfig, processes: int) -> None:
-    """Print what follows from a config, as YAML with comments.
+    """Print a config and what follows from it, as YAML with comments.
 
     Raises ValueError for a missing file, and for sizes that do not fit together.
     """
@@ -31,7 +31,10 @@ def report(config: RunConfig, processes: int) -> None:
 
 
 def missing(config: RunConfig) -> Iterator[str]:
-    """`option path` of each local file or folder that is not there; the hub is not asked."""
+    """`option path` of each local file or folder that is missing.
+
+    The hub is not asked.
+    """
     values = vars(config)
     for name in (*_PROMPTS, *_DATA):
         value = values.get(name)
@@ -42,7 +45,10 @@ def missing(config: RunConfig) -> Iterator[str]:
 
 
 def check_prompts(config: RunConfig) -> None:
-    """Read the prompt sets that need no network. Raises ValueError as `rlg.tasks.prompt_sets.load_each`."""
+    """Read the prompt sets that need no network.
+
+    Raises ValueError as `rlg.tasks.prompt_sets.load_each`.
+    """
     values = vars(config)
     sources = [values.get(name) for name in _PROMPTS]
     if any(sources) and not any(source and source.startswith(prompt_sets.HUB) for source in sources):

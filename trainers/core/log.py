@@ -20,7 +20,10 @@ from trainers.core.config import RunConfig, TrainConfig, settings
 
 
 class Log:
-    """metrics.jsonl, sample grids and the tracker; silent on all processes but the main one."""
+    """Log of metrics.jsonl, sample grids and the tracker.
+
+    Only the main process writes.
+    """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator):
         self.folder, self.accelerator = config.folder, accelerator
@@ -36,7 +39,10 @@ class Log:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        """End the trackers, so that another training of this process begins with none."""
+        """End the trackers.
+
+        Another training of this process thus begins with none.
+        """
         for tracker in self.accelerator.trackers if self.accelerator.is_main_process else ():
             if tracker.name == "wandb":
                 tracker.tracker.finish(exit_code=int(kind is not None))
@@ -56,7 +62,10 @@ class Log:
     def images(
         self, step: int, images_B3HW: Tensor, prompts: Sequence[str], scores: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Save a grid of samples with a line each, its prompt and its rewards (B,), and send them to the tracker."""
+        """Save a grid of samples with captions; send it to the tracker.
+
+        A caption has an image's prompt and its rewards, (B,) each.
+        """
         if not self.accelerator.is_main_process:
             return
         folder = self.folder / SAMPLES
@@ -73,9 +82,10 @@ class Log:
                 tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
 
     def publish(self, config: TrainConfig, checkpoint: Path) -> None:
-        """What a finished run's config asks for: its adapter as an artifact, and on the hub.
+        """Publish what a finished run's config asks for.
 
-        Raises ValueError where the hub refuses; the checkpoint is whole then.
+        That is its adapter, as an artifact and on the hub. Raises ValueError where the hub refuses; the checkpoint is
+        whole then.
         """
         if not self.accelerator.is_main_process:
             return
@@ -86,7 +96,7 @@ class Log:
 
 
 def grid(images_B3HW: Tensor, columns: int = 8) -> Image.Image:
-    """Images side by side, row by row; places left over are white."""
+    """Images side by side, row by row; empty places are white."""
     count, _, height, width = images_B3HW.shape
     columns = min(columns, count)
     rows = -(-count // columns)

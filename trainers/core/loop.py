@@ -1,6 +1,6 @@
-"""The loop of every trainer: iterate, log, evaluate, save, stop when asked to. An algorithm adds `iteration`.
+"""The loop of every trainer: iterate, log, evaluate, save, stop.
 
-Legend: B batch.
+An algorithm adds `iteration`. An interruption stops the loop after a checkpoint. Legend: B batch.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from trainers.core.zero_gradients import ZeroGradients, live
 
 
 class Trainer:
-    """A policy, its optimizer and its average, and the loop around `iteration`."""
+    """The loop around `iteration`, with a policy, its optimizer and its average."""
 
     shown: tuple[str, ...] = ("loss",)  # metrics on the progress bar
-    copies: tuple[str, ...] = ()  # names of frozen copies of the LoRA, which checkpoints hold too
-    maxima: tuple[str, ...] = ()  # metrics whose largest value counts; of the others it is the mean
+    copies: tuple[str, ...] = ()  # names of frozen copies of the LoRA, which checkpoints hold, too
+    maxima: tuple[str, ...] = ()  # metrics that are reduced by their maximum; others by their mean
 
     def __init__(self, config: TrainConfig, given: Given, accelerator: Accelerator | None = None):
-        """Load what is not given by its name in the config, and set all up.
+        """Load inputs that are not given, and set all up.
 
-        accelerator: one that is there already; then nothing is asked of the run's folder before `train`. Raises
-        ValueError for inputs that are missing or do not fit, and as `start.begin`.
+        The config names them. accelerator: an existing one; the run's folder is then not checked before `train`.
+        Raises ValueError for inputs that are missing or do not fit, and as `start.begin`.
         """
         self.config = config = named(config, given)
         config.check_inputs(given.unnamed)
@@ -68,7 +68,10 @@ class Trainer:
         self.set_up()
 
     def load(self, given: Given) -> None:
-        """Load rewards and prompts, before the policy. Raises ValueError for a prompt that a reward cannot score."""
+        """Load rewards and prompts, before the policy.
+
+        Raises ValueError for a prompt that a reward cannot score.
+        """
         self.reward, self.held_out = load_rewards(self.config, given, self.accelerator.device)
         self.prompts, self.eval_prompts = load_prompts(self.config, given)
         chosen = spread(self.eval_prompts, self.config.eval_num_prompts) if self.config.eval_steps else ()
@@ -76,7 +79,10 @@ class Trainer:
             mix.check(*columns([self.eval_prompts[i] for i in chosen]))
 
     def set_up(self) -> None:
-        """Add what an algorithm needs beside the policy. Raises ValueError for settings that do not fit the model."""
+        """Add what an algorithm needs besides the policy.
+
+        Raises ValueError for settings that do not fit the model.
+        """
 
     def _ema(self, policy: Policy) -> Ema | None:
         config = self.config
@@ -85,15 +91,18 @@ class Trainer:
         return Ema(policy.trainable(), config.ema_decay, config.ema_every, config.ema_repeats)
 
     def iteration(self, log: Log | None = None) -> dict[str, float]:
-        """One round of data and its updates; returns metrics and advances the step counter."""
+        """Take one round of data and its updates; return metrics.
+
+        It advances the step counter.
+        """
         raise NotImplementedError
 
     def sampler(self, steps: int) -> Schedule:
-        """The reverse process that training samples by, in so many steps."""
+        """The reverse process of so many steps that makes training samples."""
         return self.schedule(steps, "ode", 0.0)
 
     def evaluation_schedule(self) -> Schedule:
-        """The reverse process that held-out images are sampled with."""
+        """The reverse process that makes held-out images."""
         steps = self.config.eval_num_steps or self.config.steps
         return self.schedule(steps, "ode", 0.0) if self.config.eval_kernel == "ode" else self.sampler(steps)
 
@@ -106,7 +115,10 @@ class Trainer:
         return provenance.record(self.config, self.accelerator, {"eval_prompts": self.eval_prompts})
 
     def train(self) -> Path:
-        """Run until `max_steps`, or until interrupted; returns the checkpoint that it always leaves behind."""
+        """Train until `max_steps` or an interruption; return the last checkpoint.
+
+        There is always one.
+        """
         config = self.config
         round_products(config, self.accelerator)
         with run_folder(config, self.accelerator):
@@ -149,19 +161,19 @@ class Trainer:
             log.publish(config, checkpoint_at(config.folder, state.step))
 
     def begin_updates(self, passes: int) -> None:
-        """From here on, an optimizer step is taken after every `passes` calls of `backward`."""
+        """Begin updates whose optimizer step takes `passes` calls of `backward`."""
         self.accelerator.gradient_accumulation_steps = passes
-        self.accelerator.step = 0  # accelerate counts over its whole life: an update must begin with the iteration
+        self.accelerator.step = 0  # accelerate counts over its whole life, and an update must begin with the iteration
         warm = min(1.0, (self.state.step + 1) / (self.config.warmup_steps + 1))
         for group in self.state.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * warm
 
     def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        """Accumulate a loss's gradient, and take the optimizer step when it is due; adds grad_norm to the metrics.
+        """Accumulate a loss's gradient; take the optimizer step when due.
 
-        A step is skipped on all processes if a loss in it or its gradient is not finite on one. Raises ValueError
-        after `max_skipped` of them in a row.
-        Call it within `accelerator.accumulate(policy.wrapped)`, as the forward pass.
+        It adds grad_norm to the metrics. All processes skip a step if a loss in it or its gradient is not finite on
+        one. Call it within `accelerator.accumulate(policy.wrapped)`, as the forward pass. Raises ValueError after
+        `max_skipped` skips in a row.
         """
         self.skips.watch(loss)
         self.accelerator.backward(engines.share(self.accelerator, loss))
@@ -183,11 +195,15 @@ class Trainer:
         """Count the zeros in the gradient of the run's first update."""
         if self.zeros.waiting:
             parameters = self.policy.trainable()
-            visible = not engines.is_deepspeed(self.accelerator)  # which has made the step by now
+            # DeepSpeed has made the step by now, and freed the gradient
+            visible = not engines.is_deepspeed(self.accelerator)
             self.zeros.close(live(self.policy.network, parameters) if visible else ())
 
     def mean_metrics(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Means over rows and processes of what is finite; a metric that never is has no mean."""
+        """Means over rows and processes of the finite values.
+
+        A metric without a finite value has no mean.
+        """
         names = sorted({name for row in rows for name in row})
         columns = [torch.stack([row[n] for row in rows if n in row]).float() for n in names]
         local = torch.stack([self._pool(n, c) for n, c in zip(names, columns, strict=True)])
@@ -201,10 +217,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean rewards on held-out prompts, one image each, with the moving average if there is one.
+        """Mean rewards on held-out prompts, one image each.
 
-        All processes make the same number of images, the last one again where they do not divide: a forward pass may
-        be a collective operation, and one more of it on one process would wait forever.
+        The images are those of the moving average, if there is one. All processes make the same number of images; the
+        last one is repeated where they do not divide. A forward pass may be a collective operation, and one process
+        would wait for ever in an extra one.
         """
         config, accelerator = self.config, self.accelerator
         schedule = self.evaluation_schedule()
@@ -213,7 +230,7 @@ class Trainer:
         places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         local = [chosen[min(place, len(chosen) - 1)] for place in places]
         batches = [local[i : i + config.batch_size] for i in range(0, share, config.batch_size)]
-        silent = None if accelerator.is_main_process else True  # None: unless it is a terminal
+        silent = None if accelerator.is_main_process else True  # None: shown only on a terminal
         shown = tqdm(batches, desc="held-out images", unit="batch", leave=False, disable=silent)
         with self.state.averaged():
             parts = [self._evaluate_batch(schedule, batch) for batch in shown]

@@ -1,4 +1,6 @@
-"""Memory that a training takes, counted from config files: nothing is downloaded, run or held.
+"""Memory of a training, counted from config files alone.
+
+Nothing is downloaded, run or held.
 
     weights      parameters and buffers of the pipeline's modules, in their dtypes, on the meta device
     LoRA         float32; its gradient, each of AdamW's two averages and each copy (moving average, old) are as large
@@ -7,8 +9,8 @@
                  (`rlg.benchmark.live_memory`)
     decoding     an estimate: the same of the autoencoder, for a batch of images
 
-Activations and decoding take turns: the larger counts. Not counted: rewards, kernels' workspaces, kept text encodings,
-what an allocator holds back, torch.compile.
+Activations and decoding take turns, so the larger one counts. Rewards, kernels' workspaces, kept text encodings,
+memory that an allocator holds back and torch.compile are not counted.
 """
 
 from __future__ import annotations
@@ -54,16 +56,19 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Everything; activations and decoding take turns."""
+        """Sum of everything; of activations and decoding, the larger."""
         taken = sum(vars(self).values()) - self.activations - self.decoding
         return taken + max(self.activations, self.decoding)
 
     def sharded(self, engine: str, processes: int) -> int:
-        """Total of a process where an engine shares its parts out, see `trainers.checkpoints.engines`."""
+        """Total of a process whose engine shares its parts out.
+
+        See `trainers.checkpoints.engines`.
+        """
         return self.total - sum(size - size // processes for size in (vars(self)[name] for name in SHARED[engine]))
 
 
-SHARED = {  # what an engine shares out
+SHARED = {  # parts that an engine shares out
     "data parallel": (),
     "ZeRO-2": ("gradient", "optimizer"),
     "ZeRO-3": ("denoiser", "lora", "gradient", "optimizer"),
@@ -72,7 +77,7 @@ SHARED = {  # what an engine shares out
 
 
 def lines(config: RunConfig, processes: int) -> Iterator[str]:
-    """What `--dry_run` prints of memory."""
+    """Yield the lines about memory that `--dry_run` prints."""
     if not isinstance(config, TrainConfig):
         yield "memory: not counted for the training of a scorer"
         return
@@ -94,7 +99,10 @@ def lines(config: RunConfig, processes: int) -> Iterator[str]:
 
 
 def plan_of(policy: Policy, config: TrainConfig) -> Plan:
-    """The memory of a training of a policy without weights, which gets a LoRA. Raises ValueError for a wrong size."""
+    """Count the memory of a training.
+
+    The policy has no weights, and gets a LoRA. Raises ValueError for a wrong size.
+    """
     denoiser = _size(policy.network)
     parts = {name: part for name, part in policy.pipe.components.items() if isinstance(part, nn.Module)}
     encoders = sum(_size(part) for name, part in parts.items() if name.startswith("text_encoder"))
@@ -118,7 +126,7 @@ def plan_of(policy: Policy, config: TrainConfig) -> Plan:
 
 
 def activations(policy: Policy, config: TrainConfig) -> int:
-    """Peak of a forward and backward pass."""
+    """Peak of a forward and backward pass, in bytes."""
     with _Ones():
         count, cond = config.trained_at_once(), policy.encode([""])
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -141,7 +149,7 @@ def activations(policy: Policy, config: TrainConfig) -> int:
 
 
 def decoding(policy: Policy, config: TrainConfig) -> int:
-    """Peak of the decoding of a batch."""
+    """Peak of the decoding of a batch, in bytes."""
     vae = policy.pipe.vae
     with FakeTensorMode(allow_non_fake_inputs=True):
         vae.to_empty(device="cpu")
@@ -150,7 +158,10 @@ def decoding(policy: Policy, config: TrainConfig) -> int:
 
 
 class _Ones(TorchDispatchMode):
-    """Within, what has no values is true where a program asks: a text encoder looks whether its mask is all ones."""
+    """Mode in which a tensor without values answers "true".
+
+    A text encoder asks whether its mask is all ones.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
@@ -159,7 +170,10 @@ class _Ones(TorchDispatchMode):
 
 
 def _hollow(value: Tensor) -> Tensor:
-    """A tensor of the meta device as one of the CPU without contents; what is on the CPU is small, and stays."""
+    """A tensor of the meta device as a CPU tensor without contents.
+
+    A tensor that is on the CPU already is small, and stays.
+    """
     return torch.empty(value.shape, dtype=value.dtype) if value.device.type == "meta" else value
 
 
@@ -177,7 +191,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Within, libraries say nothing of a pipeline that is not meant to run."""
+    """Keep libraries silent for the block.
+
+    They would warn of a pipeline that is not meant to run.
+    """
     before = [logger.get_verbosity() for logger in _LOGGERS]
     for logger in _LOGGERS:
         logger.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""What trainers share that learn from their own samples: groups of images a prompt, rewards, advantages.
+"""Base of trainers that learn from their own samples.
 
-Legend: B samples of one process. Prompts and noise depend on (seed, iteration) alone, so that resuming, and any number
-of processes, give the same samples.
+It has groups of images a prompt, rewards and advantages. Legend: B samples of one process. Prompts and noise depend on
+(seed, iteration) alone, so that resuming, and any number of processes, give the same samples.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ from trainers.core.setup import Given, Prompts, Rewards
 
 
 class Scored(Protocol):
-    """One process's share of an iteration's images; an algorithm's record adds what it trains on."""
+    """One process's share of an iteration's images.
+
+    An algorithm's record adds what it trains on.
+    """
 
     @property
     def images_B3HW(self) -> Tensor:
-        """In [0, 1]."""
+        """The images, in [0, 1]."""
 
     @property
     def prompt_B(self) -> Tensor:
@@ -47,7 +50,7 @@ class Scored(Protocol):
 
     @property
     def early(self) -> EarlyScores | None:
-        """Scores that were begun while sampling went on; None: none were."""
+        """Scores that were begun during sampling; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Part:
-    """The samples of one batch: who they are, and what the network and the sampler need to make them."""
+    """The samples of one batch, before they are made.
+
+    It has their identities, and the inputs of network and sampler.
+    """
 
     prompt_B: Tensor  # index of each sample's prompt
     cond: Conditioning
@@ -71,7 +77,10 @@ class Part:
 
 
 class OnlineTrainer(Trainer):
-    """Sample, score, update. An algorithm adds `rollout`, `advantages` and `update`."""
+    """Trainer that samples, scores and updates.
+
+    An algorithm adds `rollout`, `advantages` and `update`.
+    """
 
     shown = ("reward", "kl", "clip_fraction", "seconds_per_image")
     neutral = 0.0  # the advantage that teaches nothing
@@ -88,14 +97,20 @@ class OnlineTrainer(Trainer):
         eval_prompts: Prompts | None = None,
         accelerator: Accelerator | None = None,
     ):
-        """Take what is given, and the rest by its name in the config; see `setup.Given` and `Trainer`."""
-        self.scores: dict[str, Tensor] = {}  # of this process's last images (B,), by reward
+        """Take what is given; load the rest by the config.
+
+        See `setup.Given` and `Trainer`.
+        """
+        self.scores: dict[str, Tensor] = {}  # rewards of this process's last images, (B,) by name
         given = Given(policy=policy, reward=reward, prompts=prompts, held_out=held_out, eval_prompts=eval_prompts)
         super().__init__(config, given, accelerator)
         self.encoded = EncodedPrompts(self.policy.encode)
 
     def load(self, given: Given) -> None:
-        """Load rewards and prompts. Raises ValueError for too few prompts, and one that a reward cannot score."""
+        """Load rewards and prompts.
+
+        Raises ValueError for too few prompts, and for one that a reward cannot score.
+        """
         super().load(given)
         count, source = self.config.num_prompts, self.config.prompts or "what is given"
         if count > len(self.prompts):
@@ -109,15 +124,18 @@ class OnlineTrainer(Trainer):
         return provenance.record(self.config, self.accelerator, prompts)
 
     def rollout(self) -> Scored:
-        """Sample this process's share of the iteration; what it is depends on (seed, iteration) alone."""
+        """Sample this process's share of the iteration.
+
+        The samples depend on (seed, iteration) alone.
+        """
         raise NotImplementedError
 
     def update(self, samples: Scored, advantage_B: Tensor) -> dict[str, float]:
-        """All optimizer steps of the iteration; returns mean metrics."""
+        """Take all optimizer steps of the iteration; return mean metrics."""
         raise NotImplementedError
 
     def iteration(self, log: Log | None = None) -> dict[str, float]:
-        """One rollout and its updates; advances the step counter."""
+        """Take one rollout and its updates; advance the step counter."""
         started = time.perf_counter()
         samples = self.rollout()
         sampled = time.perf_counter()
@@ -150,7 +168,7 @@ class OnlineTrainer(Trainer):
         return self.config.seed * 1_000_003 + self.state.step
 
     def parts(self, generator: torch.Generator, whole_groups: bool = False) -> list[Part]:
-        """This process's batches: `num_generations` samples of `num_prompts` random prompts.
+        """Batches of this process: `num_generations` samples of `num_prompts` random prompts.
 
         Samples are shuffled over batches and processes, or, with `whole_groups`, prompts are.
         """
@@ -164,7 +182,7 @@ class OnlineTrainer(Trainer):
 
     @torch.no_grad()
     def sample_groups(self, predict: Predictor, parts: Sequence[Part]) -> Samples:
-        """Samples of a bare policy, by `sampler` under the config's classifier-free guidance."""
+        """Sample with a bare policy by `sampler`, under the config's classifier-free guidance."""
         guided = with_cfg(predict, self.negative, self.config.cfg)
         schedule = self.sampler(self.config.steps)
         latents, images, early = [], [], EarlyScores(self.reward)
@@ -176,7 +194,10 @@ class OnlineTrainer(Trainer):
         return Samples(latents, [part.cond for part in parts], torch.cat(images), prompt_B, early)
 
     def decode(self, x0_BCHW: Tensor, part: Part, early: EarlyScores | None) -> Tensor:
-        """Images of a batch's ends; where scoring means waiting for a server, it begins now."""
+        """Decode the last latents of a batch.
+
+        Rewards that wait for a server begin to score them.
+        """
         images_B3HW = self.policy.decode(x0_BCHW, self.config.batch_size)
         if early:
             early.add(images_B3HW, *self._texts(part.prompt_B))
@@ -197,10 +218,11 @@ class OnlineTrainer(Trainer):
         return encoded[torch.tensor([unique.index(i) for i in prompt_ids], device=self.policy.device)]
 
     def score(self, samples: Scored) -> tuple[Tensor | None, dict[str, float]]:
-        """(advantages of this process's samples, metrics over all processes).
+        """Score the images of the iteration.
 
-        An advantage is relative to its whole group: one image whose reward is not finite takes its group out, which
-        gets the advantage that teaches nothing. Where that takes out every group, there are no advantages: None.
+        Returns (advantages of this process's samples, metrics over all processes). An advantage is relative to its
+        whole group. So one reward that is not finite gives its whole group the advantage that teaches nothing. If no
+        group is left, None stands for the advantages.
         """
         accelerator = self.accelerator
         scorer = samples.early.finish if samples.early else self.reward
@@ -214,7 +236,7 @@ class OnlineTrainer(Trainer):
         metrics |= {"unscored": int((~total_B.isfinite()).sum())}
         if not whole_B.any():
             return None, {name: value for name, value in metrics.items() if math.isfinite(value)}
-        kept = {name: part[whole_B].nan_to_num() for name, part in parts.items()}  # NaN: one of weight 0
+        kept = {name: part[whole_B].nan_to_num() for name, part in parts.items()}  # a reward of weight 0 may be NaN
         total_N, group_N = total_B[whole_B], group_B[whole_B]
         advantage_B = torch.full_like(total_B, self.neutral)
         advantage_B[whole_B] = self.advantages(total_N, kept, group_N)
@@ -227,24 +249,30 @@ class OnlineTrainer(Trainer):
         return advantage_B[start : start + local].float().to(accelerator.device), metrics
 
     def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
-        """(B,) what each sample of all processes counts for, from its reward, the rewards in it, and its group."""
+        """(B,) weights of the samples of all processes in the loss.
+
+        They follow from a sample's total, its rewards, and its group.
+        """
         raise NotImplementedError
 
     def batch_order(self, count: int, epoch: int = 0) -> list[int]:
-        """The order in which a pass over the batches takes them."""
+        """The order of the batches in a pass over them."""
         generator = torch.Generator().manual_seed(self.iteration_seed() + 7919 * (epoch + 1))
         return torch.randperm(count, generator=generator).tolist()
 
 
 class AdvantageTrainer(OnlineTrainer):
-    """Samples count for their advantage: their reward relative to their group's."""
+    """Trainer whose samples count by their advantage.
+
+    An advantage is a reward relative to those of its group.
+    """
 
     config: AdvantageConfig
 
     def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
         """(B,) advantages, as the config scales, clips and mixes them."""
         config = self.config
-        if config.reward_aggregation == "advantage":  # MixGRPO: each reward normalised on its own, then mixed
+        if config.reward_aggregation == "advantage":  # MixGRPO normalises each reward on its own, then mixes them
             return sum(
                 w * group_advantages(parts[n], group_B, config.scale_rewards, config.advantage_clip)
                 for n, w in zip(self.reward.names, self.reward.weights, strict=True)

@@ -1,4 +1,4 @@
-"""Folder of a training run: checked, locked, and its configuration written."""
+"""Folder of a training run: checked, locked, and its config written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from trainers.core.config import RunConfig, settings
 
 
 def check_folder(config: RunConfig) -> None:
-    """Raise ValueError where `prepare_folder` would; touches nothing, so that it can come before slow work."""
+    """Raise ValueError where `prepare_folder` would.
+
+    It touches nothing, so that it can come before slow work.
+    """
     folder = config.folder
     check_links(folder)
     if config.resume:
@@ -32,7 +35,10 @@ def check_folder(config: RunConfig) -> None:
 
 @contextmanager
 def run_folder(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Within, the run's folder is there, and no other run's. Raises ValueError as `check_folder`, or if one has it."""
+    """Hold the run's folder for the block, against other runs.
+
+    Raises ValueError as `check_folder`, or if another run holds it.
+    """
     with ExitStack() as stack:
         with together():
             if accelerator.is_main_process:
@@ -43,19 +49,26 @@ def run_folder(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
 
 
 def prepare_folder(config: RunConfig, accelerator: Accelerator) -> None:
-    """Create the run's folder, once nothing else can be refused. Raises ValueError as `check_folder`."""
+    """Create the run's folder, once nothing else can be refused.
+
+    Raises ValueError as `check_folder`.
+    """
     with together():
         if accelerator.is_main_process:
             check_folder(config)
             if not config.resume:
                 config.folder.mkdir(parents=True, exist_ok=True)
                 for lock in config.folder.rglob(f"*/{folders.LOCK}"):
-                    folders.check(lock.parent)  # an evaluation inside a run that is to be discarded
-                atomic.clear(config.folder, keep=(folders.LOCK, CONFIG))  # a run's to the last: see `check_folder`
+                    folders.check(lock.parent)  # an evaluation may be running inside a run that is to be discarded
+                # the folder counts as a run's until the end; see `check_folder`
+                atomic.clear(config.folder, keep=(folders.LOCK, CONFIG))
                 write_config(config, config.folder)
 
 
 def write_config(config: RunConfig, folder: Path, changes: Sequence[str] = ()) -> None:
-    """Write config.yaml, as --config reads it again; `changes` are comments below it (`checkpoints.provenance`)."""
+    """Write config.yaml, as --config reads it again.
+
+    `changes` are comments below it (`checkpoints.provenance`).
+    """
     lines = [yaml.safe_dump(settings(config), sort_keys=False), *(f"{line}\n" for line in changes)]
     atomic.write_text(folder / CONFIG, "".join(lines))

@@ -1,4 +1,7 @@
-"""Set-up of a training: accelerator, policy, rewards and prompts, given or made by their names in the config."""
+"""Set-up of a training: accelerator, policy, rewards and prompts.
+
+Each is given, or made by its name in the config.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,15 @@ from trainers.checkpoints import engines
 from trainers.core.config import ConfigT, RunConfig, SamplingConfig, TrainConfig
 from trainers.data.preference_formats import Pairs
 
-Rewards = RewardMix | Reward | str | Sequence[str]  # a mix, a function of your own, or names as of `python -m rewards`
-Prompts = str | Sequence[str | Prompt]  # a prompt set's name, or texts, or records
+Rewards = RewardMix | Reward | str | Sequence[str]  # a mix, a function of your own, or names as in `python -m rewards`
+Prompts = str | Sequence[str | Prompt]  # a prompt set's name, texts, or records
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a trainer is given, in place of what its config names; None: nothing."""
+    """Inputs that a trainer is given; None where the config names it."""
 
-    policy: Policy | None = None  # loaded already; it gets the config's LoRA, unless it has one
+    policy: Policy | None = None  # a loaded policy; it gets the config's LoRA, unless it has one
     reward: Rewards | None = None
     prompts: Prompts | None = None
     data: str | Path | Pairs | None = None  # preference pairs, or their name
@@ -40,15 +43,16 @@ class Given:
 
     @property
     def unnamed(self) -> set[str]:
-        """Fields of what no config can name: texts, records and loaded pairs."""
+        """Fields that no config can name: texts, records and loaded pairs."""
         rows = {"prompts": self.prompts, "eval_prompts": self.eval_prompts, "data": self.data}
         return {field for field, value in rows.items() if value and not isinstance(value, (str, Path))}
 
 
 def named(config: ConfigT, given: Given) -> ConfigT:
-    """The config with the names of what is given, as config.yaml keeps them: of the base, rewards, prompts and data.
+    """The config with the names of given inputs, as config.yaml keeps them.
 
-    What has no name stands there as None. Raises ValueError for a function with the name of another reward.
+    They are those of the base, rewards, prompts and data. None stands for an input without a name. Raises ValueError
+    for a function with the name of another reward.
     """
     names: dict[str, Any] = dict.fromkeys(given.unnamed)
     if given.policy is not None:
@@ -70,7 +74,10 @@ def _dtype_of(policy: Policy) -> str:
 def _reward_names(
     given: Rewards | None, known: Sequence[str], option: str, weights: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """What the config says of rewards that are given; a mix keeps the sources that the config has for its names."""
+    """Changes of the config by given rewards.
+
+    If a mix has the names of the config's rewards, the config's sources stay.
+    """
     if given is None:
         return {}
     mix = _mix(given)
@@ -83,20 +90,23 @@ def _reward_names(
 
 
 def _mix(given: Rewards | None) -> RewardMix | None:
-    """The mix that is given, or made of a function; None for names."""
+    """The mix, given or made of a function; None for names."""
     if isinstance(given, RewardMix):
         return given
     if not callable(given):
         return None
     name = getattr(given, "__name__", type(given).__name__)
-    name = name if name.isidentifier() else "reward"  # a lambda
+    name = name if name.isidentifier() else "reward"  # a lambda has no usable name
     if name in REWARDS:
         raise ValueError(f"the function {name} has the name of another reward (python -m rewards); rename it")
     return RewardMix({name: given}, (1.0,))
 
 
 def load_rewards(config: TrainConfig, given: Given, device: torch.device) -> tuple[RewardMix | None, RewardMix | None]:
-    """(rewards to train on, held-out ones); None where there are none. Raises ValueError as `rewards.build`."""
+    """(rewards to train on, held-out ones); None where there are none.
+
+    Raises ValueError as `rewards.build`.
+    """
     reward, held_out = _mix(given.reward), _mix(given.held_out)
     if reward is None and config.reward:
         reward = rewards.build(config.reward, config.reward_weights, device=device)
@@ -107,7 +117,10 @@ def load_rewards(config: TrainConfig, given: Given, device: torch.device) -> tup
 
 
 def load_prompts(config: TrainConfig, given: Given) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out ones). Raises ValueError as `prompt_sets.load_each`."""
+    """(training prompts, held-out ones).
+
+    Raises ValueError as `prompt_sets.load_each`.
+    """
     training, held_out = _records(given.prompts), _records(given.eval_prompts)
     source = config.prompts if training is None and isinstance(config, SamplingConfig) else None
     found = prompt_sets.load_each([source, config.eval_prompts if held_out is None else None], config.prompt_column)
@@ -115,14 +128,17 @@ def load_prompts(config: TrainConfig, given: Given) -> tuple[list[Prompt], list[
 
 
 def _records(given: Prompts | None) -> list[Prompt] | None:
-    """Prompts that are given; None for the name of a set."""
+    """Given prompts as records; None for the name of a set."""
     if given is None or isinstance(given, str):
         return None
     return [each if isinstance(each, Prompt) else Prompt(each) for each in given]
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """accelerate's engine for this run. Raises ValueError for a tracker that is not installed."""
+    """accelerate's engine for this run.
+
+    Raises ValueError for a tracker that is not installed.
+    """
     if config.report_to not in ("none", *map(str, get_available_trackers())):  # accelerate would drop it in silence
         raise ValueError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
     accelerator = engines.make_accelerator(
@@ -135,13 +151,16 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def round_products(config: RunConfig, accelerator: Accelerator) -> None:
-    """Have a GPU round float32 products as the config says; another training of this process may say otherwise."""
+    """Have a GPU round float32 products as the config says.
+
+    Another training in this process may say otherwise.
+    """
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
 
 
 def load_policy(config: RunConfig, accelerator: Accelerator, policy: Policy | None = None) -> Policy:
-    """The config's base model, or the one that is given, on the accelerator's device.
+    """The base model, given or by name, on the accelerator's device.
 
     Raises ValueError as `Policy.load`, and for a policy whose tuned model is a full network.
     """
@@ -160,9 +179,9 @@ def load_policy(config: RunConfig, accelerator: Accelerator, policy: Policy | No
 def prepare_policy(
     config: TrainConfig, accelerator: Accelerator, copies: Sequence[str] = (), policy: Policy | None = None
 ) -> tuple[Policy, torch.optim.AdamW, dict[str, list[nn.Parameter]]]:
-    """(policy with a LoRA, its optimizer, frozen copies of the LoRA by name), wrapped by accelerate.
+    """Add a LoRA and an optimizer to a policy, and wrap them.
 
-    policy: as of `Given`.
+    Returns (policy, optimizer, frozen copies of the LoRA by name), wrapped by accelerate. policy: see `Given`.
     """
     engines.require_scaler(accelerator, config.dtype)
     policy = load_policy(config, accelerator, policy)
@@ -175,7 +194,7 @@ def prepare_policy(
     if config.gradient_checkpointing:
         policy.network.enable_gradient_checkpointing()
     if config.compile:
-        policy.network.compile()  # in place: the module and its parameters keep their names
+        policy.network.compile()  # `compile` works in place: the module and its parameters keep their names
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,

@@ -1,4 +1,7 @@
-"""Start of a training, from Python or from its command line: all that can be refused is refused before slow work."""
+"""Start of a training, from Python or from its command line.
+
+Every refusal comes before slow work.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from trainers.core.setup import make_accelerator
 
 
 class Trains(Protocol):
-    """A trainer, as a command sees it."""
+    """Protocol of a trainer, as a command sees it."""
 
     accelerator: Accelerator
 
     def train(self) -> Path:
-        """Run to the end, or until interrupted; returns the last checkpoint."""
+        """Train to the end or an interruption; return the last checkpoint."""
 
 
 def begin(config: RunConfig) -> Accelerator:
-    """The engine of a run that may begin; touches no file.
+    """Make the engine of a run that may begin.
 
-    Raises ValueError for sizes that do not fit together, processes that disagree, a folder that is taken, and what
-    could not be published at the end.
+    It touches no file. Raises ValueError for sizes that do not fit together, processes that disagree, a folder that is
+    taken, and a tracker or hub that would refuse at the end.
     """
     if config.dry_run:
         raise ValueError("dry_run is of the command line, which prints and exits; a trainer trains")
@@ -50,7 +53,10 @@ def begin(config: RunConfig) -> Accelerator:
 
 
 def check_publishing(config: RunConfig, accelerator: Accelerator) -> None:
-    """Raise ValueError for a tracker or a hub that would refuse at the end; touches nothing."""
+    """Raise ValueError for a tracker or hub that would refuse later.
+
+    It touches nothing.
+    """
     if accelerator.is_main_process and config.report_to == "wandb":
         wandb_runs.require()
     if isinstance(config, TrainConfig) and config.push_to_hub:
@@ -58,7 +64,7 @@ def check_publishing(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def run(config_type: type[ConfigT], trainer: Callable[[ConfigT], Trains]) -> None:
-    """Train by the command line; with --dry_run print what follows from it, and exit."""
+    """Train by the command line; with --dry_run print a report and exit."""
     config = parse_config(config_type)
     if config.dry_run:
         accelerator = make_accelerator(config)
@@ -67,4 +73,4 @@ def run(config_type: type[ConfigT], trainer: Callable[[ConfigT], Trains]) -> Non
         raise SystemExit(0)
     made = trainer(config)
     made.train()
-    made.accelerator.end_training()  # takes the process group down: nothing is trained after a command
+    made.accelerator.end_training()  # takes the process group down, since nothing is trained after a command

@@ -1,12 +1,14 @@
-"""How much of a run's first gradient is exactly 0: what float16 loses without a loss scaler, and a graph that is cut.
+"""Share of a run's first gradient that is exactly 0.
+
+It is large where float16 loses gradients without a loss scaler, and where a graph is cut.
 
     zero_gradient          of the adapter's gradient, without the factors whose gradient is 0 by construction: a LoRA
                            begins with B = 0, and the gradient of A is B^T times something
     zero_gradient_output   of the gradient that enters the network, in the network's precision, without the samples
                            that have none at all (an advantage of 0, a place that fills a batch); 1 if none has any
 
-The gradient of weights is a sum over tokens, in which half of the terms may be lost and the sum is not 0; hence the
-second. The first sees what is lost further down.
+The gradient of weights is a sum over tokens: half of its terms may be lost while the sum is not 0. The second share
+sees this. The first share sees what is lost deeper in the network.
 """
 
 from __future__ import annotations
@@ -23,20 +25,23 @@ MOST = {ADAPTER: 0.5, OUTPUT: 0.1}  # shares above which a run is warned; some l
 
 
 class ZeroGradients:
-    """Counts zeros until the first update is due; `report` gives the shares over all processes, once."""
+    """Counter of zeros until the first update is due.
+
+    `report` gives the shares over all processes, once.
+    """
 
     def __init__(self, accelerator: Accelerator, dtype: torch.dtype):
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
         self.accelerator, self.dtype = accelerator, half.get(accelerator.mixed_precision, dtype)
         self.waiting = True
-        self._counts = {OUTPUT: torch.zeros(2), ADAPTER: torch.zeros(2)}  # zeros, of how many
+        self._counts = {OUTPUT: torch.zeros(2), ADAPTER: torch.zeros(2)}  # (zeros, total) of each
 
     def skip(self) -> None:
-        """This run's first update was made before: look at nothing, and report nothing."""
+        """Count and report nothing: the run's first update was made before."""
         self.waiting, self._counts = False, {}
 
     def watch(self, out_BCHW: Tensor) -> None:
-        """Look at the gradient of a network's output, when it comes."""
+        """Count zeros in the gradient of a network's output, when it comes."""
         if self.waiting and out_BCHW.requires_grad:
             out_BCHW.register_hook(self._look)
 
@@ -48,7 +53,10 @@ class ZeroGradients:
             self._counts[OUTPUT] += torch.tensor([total - float(count_B.sum()), total])
 
     def close(self, parameters: Sequence[nn.Parameter] = ()) -> None:
-        """The first update is due: look at the gradients of these, and at nothing from here on."""
+        """Count zeros in these parameters' gradients, then stop counting.
+
+        Call it when the first update is due.
+        """
         if self.waiting:
             for parameter in parameters:
                 found = 0 if parameter.grad is None else int(parameter.grad.count_nonzero())
@@ -56,9 +64,9 @@ class ZeroGradients:
             self.waiting = False
 
     def report(self) -> dict[str, float]:
-        """The shares, after the first update, and a warning where one is large; nothing before, and after that.
+        """The shares, once, after the first update; else nothing.
 
-        Collective: every process calls it.
+        It warns where a share is large. Every process calls it, as it is collective.
         """
         if self.waiting or not self._counts:
             return {}
@@ -89,13 +97,19 @@ def zero_share(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def dense_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Those that are trained, without tables of which a batch uses a few rows."""
+    """Trained parameters without tables.
+
+    A batch uses few rows of a table.
+    """
     tables = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
     return [p for p in network.parameters() if p.requires_grad and id(p) not in tables]
 
 
 def live(network: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of an adapter's parameters whose gradient is not 0 by construction: A only where B is not 0."""
+    """Parameters of an adapter whose gradient is not 0 by construction.
+
+    The gradient of A is 0 where B is 0.
+    """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     by_name = {names[id(parameter)]: parameter for parameter in parameters}
     second = {name: by_name.get(name.replace(".lora_A.", ".lora_B.")) for name in by_name if ".lora_A." in name}

@@ -1,4 +1,4 @@
-"""Options of training on preference pairs that exist."""
+"""Options of training on existing preference pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainers.core.config import RunConfig, require_inputs, require_positive
 
 @dataclass(kw_only=True)
 class PairConfig(RunConfig):
-    """Options of preference pairs, for whatever is trained on them."""
+    """Options of preference pairs, for any training on them."""
 
     data: str | None = field(default=None, metadata={"help": "preference pairs: hub id, .parquet, .jsonl or a folder"})
     data_split: str = field(default="train", metadata={"help": "split to train on"})
@@ -32,7 +32,7 @@ class PairConfig(RunConfig):
         self.check_pairs(given)
 
     def check_pairs(self, given: Collection[str]) -> None:
-        """Raise ValueError without pairs, and for a held-out split of pairs that have no name."""
+        """Raise ValueError without pairs, or for a held-out split of unnamed pairs."""
         require_inputs(self, given, "data")
         if self.test_split and not self.data:
             raise ValueError(f"test_split {self.test_split} is a split of data: name data, or leave test_split out")

@@ -1,17 +1,17 @@
-"""Rows of preference data: their columns, what makes one unusable, their order, and the count of all that.
+"""Rows of preference data: formats, checks, order and counts.
 
-Three formats, told apart by their columns; further columns are ignored:
+A format is known by its columns; further columns are ignored:
 
     Pick-a-Pic     caption, jpg_0, jpg_1 (bytes), label_0, label_1               label_0 = 1: jpg_0 wins
     HPDv2          prompt, image_path or file_path: [2], human_preference: [2]   [1, 0]: the first wins
     image folder   caption, chosen, rejected
 
-Labels 0.5/0.5 are a tie: dropped and counted. Paths are relative to the image root and must stay inside it. A row that
-cannot be used is counted by reason, and its pair is never made. Captions, labels and paths are checked at once; images
-where `verify` says so, and otherwise when their turn comes.
+Labels 0.5/0.5 are a tie: it is dropped and counted. Paths are relative to the image root and must stay inside it. An
+unusable row is counted by reason, and gives no pair. Captions, labels and paths are checked at once. Images are
+checked at once where `verify` says so, and otherwise when their turn comes.
 
-The order is that of an endless sequence of epochs; an epoch holds every kept row once, in an order that follows from
-(seed, epoch), a permutation; streams (`trainers.data.preference_streams`) have an order of their own. Legend: N rows.
+A set on disk is read in endless epochs. An epoch is a permutation of the kept rows that follows from (seed, epoch).
+Streams have an order of their own (`trainers.data.preference_streams`). Legend: N rows.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 from rlg.diffusion.sampling import SampleId
 
-MAX_TRIES = 1000  # this many broken images in a row are no accident
-MAX_PIXELS = 2**26  # of an image, 200 MB as RGB: a file of a few kB may claim more
-MAX_BYTES = 2**27  # of an image's file
+MAX_TRIES = 1000  # so many broken images in a row are no accident
+MAX_PIXELS = 2**26  # pixels of an image, 200 MB as RGB: a file of a few kB may claim more
+MAX_BYTES = 2**27  # bytes of an image's file
 _TIE = "tie"
-_CODECS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow's others include some that start programs
+_CODECS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow knows others, some of which start programs
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows. Broken images that only showed up in training are counted by whoever met them."""
+    """Counts of rows by their fate.
 
-    rows: int  # that were read
-    kept: int  # that may be trained on
+    Some broken images are found only during training. The process that meets one counts it.
+    """
+
+    rows: int  # rows that were read
+    kept: int  # rows that may be trained on
     ties: int
     bad: Mapping[str, int]  # reason -> rows
-    first: Mapping[str, str]  # reason -> the first such row that was met
+    first: Mapping[str, str]  # reason -> the first such row
 
     def __str__(self) -> str:
         text = f"{self.rows} rows: {self.kept} kept, {self.ties} ties dropped, {sum(self.bad.values())} bad"
@@ -65,7 +68,10 @@ class Counts:
 
 
 class _Unusable(Exception):
-    """A row that is not trained on; the argument says why."""
+    """Error of a row that is not trained on.
+
+    Its argument is the reason.
+    """
 
 
 @dataclass
@@ -88,7 +94,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Format:
-    """Names of columns; two values are in two columns, or in one that holds a list."""
+    """Names of a format's columns.
+
+    Two values are in two columns, or in one that holds a list.
+    """
 
     name: str
     caption: str
@@ -98,16 +107,19 @@ class Format:
 
     @property
     def columns(self) -> list[str]:
-        """All of them."""
+        """Names of all columns."""
         return [self.caption, *self.images, *self.labels]
 
     @property
     def light(self) -> list[str]:
-        """Those that cost nothing to read."""
+        """Names of the columns that are cheap to read."""
         return [c for c in self.columns if self.paths or c not in self.images]
 
     def first_wins(self, row: Mapping[str, Any]) -> bool:
-        """Check caption, labels and paths. Raises _Unusable, also for a tie."""
+        """Check caption, labels and paths; tell whether the first image wins.
+
+        Raises _Unusable, also for a tie.
+        """
         caption = row.get(self.caption)
         if not isinstance(caption, str):
             raise _Unusable(f"no {self.caption}" if caption is None else f"{self.caption} is not text")
@@ -147,7 +159,7 @@ def _two_values(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, An
 def _check_path(path: Any) -> None:
     if not isinstance(path, str) or not path.strip():
         raise _Unusable("no image path")
-    pure = PureWindowsPath(path)  # knows both kinds of separators, and drives
+    pure = PureWindowsPath(path)  # it knows both kinds of separators, and drives
     if pure.anchor or ".." in pure.parts:
         raise _Unusable("path outside the image root")
 
@@ -155,9 +167,9 @@ def _check_path(path: Any) -> None:
 def _file_bytes(path: str, root: Path) -> bytes:
     try:
         file = (root / path).resolve()
-        if not file.is_relative_to(root.resolve()):  # through a link
+        if not file.is_relative_to(root.resolve()):  # a link may lead outside
             raise _Unusable("path outside the image root")
-        if file.exists() and not file.is_file():  # a named pipe would be waited for
+        if file.exists() and not file.is_file():  # reading a named pipe would wait for ever
             raise _Unusable("no such image file")
         if file.stat().st_size > MAX_BYTES:
             raise _Unusable(f"image file over {MAX_BYTES >> 20} MiB")
@@ -174,7 +186,10 @@ def _cell_bytes(value: Any) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An RGB image from the bytes of a JPEG, PNG, WEBP, GIF or BMP file. Raises _Unusable (a row is then bad)."""
+    """An RGB image from the bytes of a file.
+
+    The file is a JPEG, PNG, WEBP, GIF or BMP. Raises _Unusable if the row is bad.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=_CODECS)
         if not 0 < image.width * image.height <= MAX_PIXELS:  # Pillow only warns of up to twice its own limit
@@ -184,57 +199,69 @@ def decode(data: bytes) -> Image.Image:
         raise _Unusable(f"image without pixels or of over {MAX_PIXELS >> 20} Mi") from error
     except _Unusable:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes make them
+    except Exception as error:  # Pillow's decoders raise any type for broken bytes
         raise _Unusable("image cannot be decoded") from error
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row whose caption, labels and paths are fine."""
+    """A row with a checked caption, labels and paths."""
 
     values: Mapping[str, Any]
     index: int
-    name: str  # what messages call it
+    name: str  # name in messages
 
 
 @dataclass(frozen=True)
 class Bookmark:
-    """A place of a process's stream from which its order can be read on: between two segments of a shard."""
+    """Place of a process's stream from which reading can go on.
 
-    position: int  # of the first row after it
+    It lies between two segments of a shard, where the order of the rest is known.
+    """
+
+    position: int  # position of the first row after it
     epoch: int
-    place: int  # of the shard, in the epoch's order of this process's shards
-    row: int  # of the shard, where reading begins
+    place: int  # place of the shard in the epoch's order of this process's shards
+    row: int  # row of the shard where reading begins
 
 
 class Pairs:
-    """The kept rows of a set; `MapPairs` or `StreamPairs`."""
+    """Base of `MapPairs` and `StreamPairs`: the kept rows of a set."""
 
-    divided = False  # whether its positions are those of this process's share
+    divided = False  # set if its positions are those of this process's share
 
     def __init__(self, form: Format, root: Path | None):
         self._form, self._root = form, root
         self._tally = Tally()
-        self._broken: set[int] = set()  # rows with a broken image, counted once however often they come
+        self._broken: set[int] = set()  # rows with a broken image, each counted once
 
     @property
     def counts(self) -> Counts:
-        """What is known so far; a stream counts the rows of its first epoch as it reads them."""
+        """The counts so far.
+
+        A stream counts the rows of its first epoch as it reads them.
+        """
         return self._tally.counts()
 
     def rows(self, seed: int, start: int) -> Iterator[Row]:
-        """Rows from position `start` on, without end."""
+        """Yield rows from position `start` on, without end."""
         raise NotImplementedError
 
     def bookmark(self, position: int) -> Bookmark | None:
-        """A place that reading on is quick from; None where it is quick from everywhere."""
+        """A place from which reading up to a position is quick.
+
+        It is None where every position is quick to read.
+        """
         return None
 
     def restore(self, seed: int, mark: Bookmark) -> None:
-        """Begin there what is read next."""
+        """Begin the next reading at a bookmark."""
 
     def pair(self, row: Row) -> Pair | None:
-        """Read a row's images; None, and counted, if one is missing or broken."""
+        """Read a row's images.
+
+        If one is missing or broken, count the row and return None.
+        """
         try:
             first_wins = self._form.first_wins(row.values)
             images = [self._image(value) for value in _two_values(row.values, self._form.images)]
@@ -263,7 +290,10 @@ class Pairs:
 
 
 class MapPairs(Pairs):
-    """A set on disk. Raises ValueError if it has no usable pair."""
+    """A set on disk.
+
+    Raises ValueError if it has no usable pair.
+    """
 
     def __init__(self, dataset: datasets.Dataset, form: Format, root: Path | None, verify: bool):
         super().__init__(form, root)
@@ -275,11 +305,14 @@ class MapPairs(Pairs):
         self._order: tuple[int, int, Tensor] | None = None  # (seed, epoch, permutation)
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Number of rows of an epoch."""
         return len(self._kept_N)
 
     def rows(self, seed: int, start: int) -> Iterator[Row]:
-        """Rows from global position `start` on; an epoch is a permutation of them all."""
+        """Yield rows from global position `start` on, without end.
+
+        An epoch is a permutation of all rows.
+        """
         for position in itertools.count(start):
             epoch, place = divmod(position, len(self))
             yield self._row(int(self._kept_N[self._permutation(seed, epoch)[place]]))
@@ -301,7 +334,10 @@ class MapPairs(Pairs):
         return [index for index, row in enumerate(rows) if self._accept(row, f"row {index}", self._tally)]
 
     def _drop_broken(self, indices: list[int], verify: bool) -> list[int]:
-        """Without rows of broken images: all of them, or those before the first good one."""
+        """Drop rows of broken images.
+
+        Drop all of them, or those before the first good one.
+        """
         bar = tqdm(indices, desc="check images", unit="pair", disable=None if verify else True, mininterval=1)
         good = []
         for place, index in enumerate(bar):

@@ -1,11 +1,11 @@
-"""Preference pairs for Diffusion-DPO, through `datasets`: which image wins, what is left out and why, batches by step.
+"""Preference pairs for Diffusion-DPO, in batches by step, read through `datasets`.
 
-Formats, and what makes a row unusable, are in `trainers.data.preference_formats`. The place of a row whose image turns
-out broken is taken by the next good row, so that a batch depends on (seed, step) alone, whoever finds the broken one.
+Formats, and reasons that make a row unusable, are in `trainers.data.preference_formats`. The next good row takes the
+place of a row with a broken image. So a batch depends on (seed, step) alone, whichever process finds the broken image.
 
-Global batch s holds positions [s G, (s + 1) G) of an endless sequence of epochs, of which process r of n takes the
-r-th n-th. Of a stream each process reads a share of its own, so that the order depends on their number. A checkpoint
-keeps where each of them is: a resume reads again what lies between that and the last bookmark.
+Global batch s holds positions [s G, (s + 1) G) of an endless sequence of epochs. Process r of n takes the r-th n-th of
+it. Of a stream, each process reads a share of its own, so that the order depends on n. A checkpoint keeps the place of
+each process; a resume reads again all rows after the last bookmark.
 
 Legend: G pairs of a step, over all processes; B pairs of one process.
 """
@@ -36,10 +36,10 @@ from trainers.data.preference_streams import StreamPairs
 
 __all__ = ["Batches", "Counts", "Pair", "PairBatch", "Pairs", "crop_geometry", "load"]
 
-VERIFY_ROWS = 4096  # sets up to this size have every image decoded when they are loaded, unless told otherwise
+VERIFY_ROWS = 4096  # all images of a set up to this size are decoded when it is loaded, unless told otherwise
 _SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-_PLACE = "stream-{}.json"  # of a process, in a checkpoint
-_READ_AHEAD = 2  # batches that `Batches.iterate` prepares while one is trained on
+_PLACE = "stream-{}.json"  # file of a process's place, in a checkpoint
+_READ_AHEAD = 2  # batches that `Batches.iterate` prepares during training on one
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ def load(
     rank: int = 0,
     world: int = 1,
 ) -> Pairs:
-    """Preference pairs of a hub id, a .parquet, .json or .jsonl file, or a folder.
+    """Load preference pairs of a hub id, a file or a folder.
 
-    A folder was saved by `datasets`, or holds SPLIT.parquet (or SPLIT-*.parquet, also in data/), SPLIT.jsonl,
-    SPLIT.json, or a single .jsonl of any name. image_root: where relative paths start (default: the file's folder).
-    verify: decode every image now (default: for up to VERIFY_ROWS rows). buffer_size: rows among which a stream is
-    shuffled. cache_dir: of `datasets`. rank, world: whose share of a stream to read.
+    A file is a .parquet, .json or .jsonl. A folder was saved by `datasets`, or holds SPLIT.parquet (or
+    SPLIT-*.parquet, also in data/), SPLIT.jsonl, SPLIT.json, or a single .jsonl of any name. image_root: where
+    relative paths start (default: the file's folder). verify: decode every image now (default: for up to VERIFY_ROWS
+    rows). buffer_size: rows among which a stream is shuffled. cache_dir: of `datasets`. rank, world: process whose
+    share of a stream is read.
 
     Raises ValueError for a source that cannot be read, columns of no known format, or not a single usable pair.
     """
@@ -98,13 +99,16 @@ def load(
 def _reading(source: str, split: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # datasets, the hub and pyarrow raise whatever they meet
+    except Exception as error:  # datasets, the hub and pyarrow raise any type
         reason = textwrap.shorten(str(error.__cause__ or error), 400)
         raise ValueError(f"cannot read preference data {source!r}, split {split!r}: {reason}") from error
 
 
 def _open(source: str, split: str, streaming: bool, cache_dir: str | Path | None) -> tuple[Any, Path | None]:
-    """(dataset, folder that relative paths start from; None for the hub)."""
+    """Open a source.
+
+    Returns (dataset, folder from which relative paths start; None for the hub).
+    """
     path = Path(source).expanduser()
     options = {"split": split, "streaming": streaming, "cache_dir": None if cache_dir is None else str(cache_dir)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -157,7 +161,10 @@ def _format_of(columns: Sequence[str]) -> Format:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """With image columns as bytes: `datasets` would fail at the first broken one."""
+    """Have image columns come as bytes.
+
+    `datasets` would otherwise fail at the first broken image.
+    """
     for name, feature in (dataset.features or {}).items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
@@ -175,10 +182,12 @@ def _image_root(form: Format, root: str | Path | None) -> Path | None:
 
 
 def crop_geometry(size: tuple[int, int], resolution: int, place: tuple[float, float] = (0.5, 0.5)) -> tuple[int, int]:
-    """(top, left) of a crop of resolution^2 pixels, once an image is resized to have that as its shorter side.
+    """(top, left) of a square crop of a resized image.
 
-    size: (height, width) of the image. place: (down, right) in [0, 1); 0.5 is the centre, and uniform numbers make
-    every offset equally likely.
+    The image's shorter side becomes `resolution` before.
+
+    size: (height, width) of the image. place: (down, right) in [0, 1). 0.5 is the centre; uniform numbers make every
+    offset equally likely.
     """
     rooms = [round(side * resolution / min(size)) - resolution for side in size]
     top, left = (min(int(u * (room + 1)), room) for u, room in zip(place, rooms, strict=True))
@@ -186,9 +195,9 @@ def crop_geometry(size: tuple[int, int], resolution: int, place: tuple[float, fl
 
 
 def pixels(image: Image.Image, resolution: int, crop: tuple[int, int]) -> Tensor:
-    """(3, resolution, resolution) in [0, 1]: the crop of `crop_geometry`, of an RGB image.
+    """(3, resolution, resolution) in [0, 1]: the crop of an RGB image.
 
-    Only the crop is resized, so that an absurdly long image costs no memory.
+    `crop_geometry` says which crop. Only the crop is resized, so that an absurdly long image costs no memory.
     """
     side = min(image.size)
     top, left = (offset * side / resolution for offset in crop)
@@ -200,7 +209,10 @@ def pixels(image: Image.Image, resolution: int, crop: tuple[int, int]) -> Tensor
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of pairs, each a function of (seed, step). Raises ValueError for sizes that do not fit."""
+    """Batches of pairs, each a function of (seed, step).
+
+    Raises ValueError for sizes that do not fit.
+    """
 
     data: Pairs
     batch_size: int  # pairs a step, over all processes
@@ -236,8 +248,8 @@ class Batches:
         )
 
     def iterate(self, first: int, stop: int) -> Iterator[PairBatch]:
-        """Batches first, ..., stop - 1, prepared in the background while the caller computes."""
-        with ThreadPoolExecutor(max_workers=1) as pool:  # one: a stream is read in order
+        """Yield batches first, ..., stop - 1, prepared in the background."""
+        with ThreadPoolExecutor(max_workers=1) as pool:  # one worker, because a stream is read in order
             waiting = deque(pool.submit(self.batch, step) for step in range(first, min(first + _READ_AHEAD, stop)))
             for step in range(first, stop):
                 batch = waiting.popleft().result()
@@ -246,7 +258,10 @@ class Batches:
                 yield batch
 
     def pairs(self, step: int) -> list[Pair]:
-        """The pairs of `batch`, before cropping. A broken one's place is taken by the next good one."""
+        """The pairs of `batch`, before cropping.
+
+        The next good pair takes the place of a broken one.
+        """
         rows = self.data.rows(self.seed, self.position(step))
         read: list[Pair | None] = []
         result = []
@@ -262,7 +277,7 @@ class Batches:
         return result
 
     def position(self, step: int) -> int:
-        """Where this process's part of batch `step` begins in the data."""
+        """Position in the data where this process's part of a batch begins."""
         return step * (self.batch_size // self.world) if self.data.divided else self._start(step)
 
     def _start(self, step: int) -> int:
@@ -275,17 +290,20 @@ class Batches:
         return down, right
 
     def save_place(self, step: int, folder: Path) -> None:
-        """Write where a stream is before batch `step`; nothing for a set on disk."""
+        """Write the place of a stream before batch `step`.
+
+        A set on disk has nothing to write.
+        """
         mark = self.data.bookmark(self.position(step))
         if mark is not None:
             row = asdict(mark) | {"world": self.world}
             (folder / _PLACE.format(self.rank)).write_text(json.dumps(row))
 
     def load_place(self, step: int, folder: Path) -> None:
-        """Go on from what `save_place` wrote; without it, a stream is read from its beginning.
+        """Read on from the place that `save_place` wrote.
 
-        With another number of processes each has another share, and begins it at the next epoch. Raises ValueError
-        for a file of something else.
+        Without a file, a stream is read from its beginning. With another number of processes each has another share,
+        and begins it at the next epoch. Raises ValueError for a file of something else.
         """
         file = next((f for f in (folder / _PLACE.format(r) for r in (self.rank, 0)) if f.is_file()), None)
         if file is None or not self.data.divided:

@@ -1,8 +1,8 @@
-"""A stream of preference pairs: each process reads a share of its own, and can go on reading from a bookmark.
+"""A stream of preference pairs, read in shares and from bookmarks.
 
-An epoch takes the process's shards in an order that follows from (seed, epoch). Each is cut into segments, whose rows
-leave a shuffle buffer in an order that follows from (seed, epoch, shard, segment): a bookmark between two segments is
-enough to go on with the same order.
+Each process reads a share of its own. An epoch takes its shards in an order that follows from (seed, epoch). Each
+shard is cut into segments. A segment's rows leave a shuffle buffer in an order that follows from (seed, epoch, shard,
+segment). So reading can go on in the same order from a bookmark between two segments.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import torch
 from rlg.diffusion.sampling import SampleId
 from trainers.data.preference_formats import MAX_TRIES, Bookmark, Format, Pairs, Row, Tally
 
-_SEGMENT = 4  # times the buffer: rows that are shuffled together, and that a resume may read again
+# rows of a segment, as a multiple of the buffer: they are shuffled together, and a resume may read them again
+_SEGMENT = 4
 
 
 class StreamPairs(Pairs):
-    """One process's share of a set that is read in order. Raises ValueError if it has no usable pair.
+    """One process's share of a set that is read in order.
 
     Process r of n reads every n-th shard. Where there are fewer shards than processes, several read one, and keep
     every m-th row of it. Rows are shuffled within segments of a shard, so that reading can begin at each of them.
+    Raises ValueError if the share has no usable pair.
     """
 
     divided = True
@@ -50,13 +52,16 @@ class StreamPairs(Pairs):
         kept = (row for shard in self._own for row in self._usable(self._raw(shard, 0), shard, self._tally))
         if not any(self.pair(row) is not None for row in itertools.islice(kept, MAX_TRIES)):
             raise self._none_usable()
-        self._seed: int | None = None  # nothing is being read; the counts are those of this first look
+        self._seed: int | None = None  # None: nothing is being read; the counts are those of this first look
         self._start = 0
         self._seed_of_marks: int | None = None
         self._marks: list[Bookmark] = []  # in order
 
     def rows(self, seed: int, start: int) -> Iterator[Row]:
-        """Rows from this process's position `start` on; going back means reading on from an earlier bookmark."""
+        """Yield rows from this process's position `start` on.
+
+        To go back, it reads on from an earlier bookmark.
+        """
         if seed != self._seed or start < self._start:
             self._restart(seed, start)
         while self._start < start:
@@ -71,12 +76,12 @@ class StreamPairs(Pairs):
             yield self._ahead[place]
 
     def bookmark(self, position: int) -> Bookmark:
-        """The last one that is not after a position."""
+        """The last bookmark that is not after a position."""
         before = [mark for mark in self._marks if mark.position <= position]
         return before[-1] if before else Bookmark(0, 0, 0, 0)
 
     def restore(self, seed: int, mark: Bookmark) -> None:
-        """Begin there what is read next."""
+        """Begin the next reading at a bookmark."""
         self._seed, self._marks = None, [mark]
         self._seed_of_marks = seed
 
@@ -91,11 +96,14 @@ class StreamPairs(Pairs):
         first = self.bookmark(start)
         self._seed = self._seed_of_marks = seed
         self._start = first.position
-        self._ahead: deque[Row] = deque()  # read, from position `start` on
+        self._ahead: deque[Row] = deque()  # rows that were read, from position `start` on
         self._endless = self._from(seed, first)
 
     def _from(self, seed: int, first: Bookmark) -> Iterator[Row]:
-        """Rows from a bookmark on, without end; leaves a bookmark at every segment."""
+        """Yield rows from a bookmark on, without end.
+
+        It leaves a bookmark at every segment.
+        """
         position, at, row = first.position, first.place, first.row
         for epoch in itertools.count(first.epoch):
             order = torch.randperm(len(self._own), generator=_generator(seed, epoch, "shards")).tolist()
@@ -116,16 +124,22 @@ class StreamPairs(Pairs):
             self._marks.append(mark)
 
     def _segments(self, shard: int, first: int) -> Iterator[tuple[int, Iterator[tuple[int, Mapping[str, Any]]]]]:
-        """(first row, rows) of each segment of a shard, from row `first` on."""
+        """Yield (first row, rows) of each segment of a shard.
+
+        It begins at row `first`.
+        """
         size, raw = _SEGMENT * self._buffer_size, self._raw(shard, first)
         for head in raw:
             segment = itertools.chain([head], itertools.islice(raw, size - 1))
             yield head[0], segment
-            for _ in segment:  # what a caller left
+            for _ in segment:  # read on past rows that the caller left in the segment
                 pass
 
     def _raw(self, shard: int, first: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """(number, values) of this process's rows of a shard, from row `first` on."""
+        """Yield (number, values) of this process's rows of a shard.
+
+        It begins at row `first`.
+        """
         part = self._dataset if self._shards == 1 else self._dataset.shard(self._shards, shard)
         for row, values in enumerate(part.skip(first) if first else part, start=first):
             if row % self._stripes == self._stripe:
@@ -143,7 +157,10 @@ def _generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
 
 
 def _shuffled(rows: Iterable[Row], size: int, generator: torch.Generator) -> Iterator[Row]:
-    """A random one of `size` waiting rows gives way to each that comes."""
+    """Yield rows in a random order, by a buffer of `size`.
+
+    A random row of the buffer gives way to each that comes.
+    """
     waiting: list[Row] = []
     for row in rows:
         if len(waiting) < size:
