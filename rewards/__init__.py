@@ -1,9 +1,10 @@
-"""Rewards: what a reward is, the table of those that exist, and `build`, which mixes several.
+"""Rewards: their contract, their table, and mixes of several.
 
-A reward is one file with one factory and one line in `REWARDS`; its heavy imports live inside the factory, so that
-this table costs nothing to read. It is asked for by name, or as NAME=SOURCE: `pickscore=path/to/model`,
-`remote=http://127.0.0.1:8000`. A mix keeps every part, raw, next to the weighted total: a trainer may weight rewards
-(the total) or normalise each one's advantages first (the parts; GDPO, MixGRPO), as their scales differ a thousandfold.
+A reward is one file with one factory and one line in `REWARDS`. The factory holds its heavy imports, so that this
+table costs nothing to read. A reward is asked for by name, or as NAME=SOURCE: `pickscore=path/to/model`,
+`remote=http://127.0.0.1:8000`. A mix keeps the raw scores of every reward next to the weighted total. A trainer may
+weight rewards (the total), or normalise each one's advantages first (the parts; GDPO, MixGRPO), since their scales
+differ a thousandfold.
 """
 
 from __future__ import annotations

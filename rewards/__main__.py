@@ -1,4 +1,4 @@
-"""List every reward with its range, what computes it, what it needs, and if that is here."""
+"""List every reward: range, model, needs, and whether it is installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rlg.cli import fail_cleanly
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     with fail_cleanly():
         COMMAND.parse()
         print(table())

@@ -1,10 +1,13 @@
-"""LAION's aesthetic predictor: how beautiful people find an image, on a scale from 1 to 10, whatever the prompt.
+"""LAION's aesthetic predictor: beauty of an image from 1 to 10.
+
+The prompt has no part in it.
 
     score = head( image features of CLIP ViT-L/14, of length 1 )    head: linear layers 768-1024-128-64-16-1
 
 The head is sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor; by default
-trl's copy of it on the hub is downloaded. SOURCE is the file (.pth or .safetensors), or a folder with it and, if there
-is a config.json beside it, with openai/clip-vit-large-patch14. Images are prepared as in `rewards.clip`.
+trl's copy of it on the hub is downloaded. SOURCE is the file (.pth or .safetensors), or a folder with it. If the
+folder has a config.json, openai/clip-vit-large-patch14 is read from there, too. Images are prepared as in
+`rewards.clip`.
 """
 
 from __future__ import annotations
@@ -21,24 +24,30 @@ from rewards.weights import Origin, batched, difference, half_on_gpu
 
 HUB = "trl-lib/ddpo-aesthetic-predictor"
 PUBLISHED = "sac+logos+ava1-l14-linearMSE"
-FILES = ("aesthetic-model.pth", f"{PUBLISHED}.pth", f"{PUBLISHED}.safetensors")  # the hub's name first
+FILES = ("aesthetic-model.pth", f"{PUBLISHED}.pth", f"{PUBLISHED}.safetensors")  # the name on the hub comes first
 
 
 class LinearHead(nn.Module):
-    """(B, D) features to (B,) scores, in fp32: five linear layers, named as published. ImageReward's is the same."""
+    """(B, D) features to (B,) scores, in fp32.
+
+    It has five linear layers, named as published. ImageReward's is the same.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         first, second, third, *rest = (nn.Linear(*pair) for pair in pairwise((width, 1024, 128, 64, 16, 1)))
-        # where the identities are, training has dropout
+        # Training has dropout in the place of the identities.
         self.layers = nn.Sequential(first, nn.Identity(), second, nn.Identity(), third, nn.Identity(), *rest)
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        """(B,)"""
+        """(B,) scores of features."""
         return self.layers(features_BD.float())[:, 0]
 
     def fill(self, tensors: Mapping[str, Tensor]) -> LinearHead:
-        """Itself, frozen, with these tensors. Raises ValueError for other names or shapes."""
+        """Fill in these tensors, and freeze; return the head.
+
+        Raises ValueError for other names or shapes.
+        """
         if found := difference(self.state_dict(), tensors):
             raise ValueError(found)
         self.load_state_dict(tensors)

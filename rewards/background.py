@@ -1,8 +1,8 @@
-"""Scoring while sampling: rewards that mostly wait for a server are asked as soon as a batch of images is there.
+"""Scoring while sampling, by rewards that mostly wait for a server.
 
-`RewardSpec.waits` says which. The others are scored at the end, in one call that the caller waits for: in the
-background they would compete with sampling for the CPU or the GPU, and no time would be won. A score depends on its
-own image alone, so results are the same, and there is nothing to set.
+`RewardSpec.waits` marks them. They are asked as soon as a batch of images is there. The other rewards score at the
+end, in one call: in the background they would compete with sampling for the CPU or the GPU, and no time would be won.
+A score depends on its own image alone, so results are the same, and there is nothing to set.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from rewards import RewardMix, RewardScores
 
 
 class DaemonExecutor(Executor):
-    """A thread pool that nobody waits for: ThreadPoolExecutor joins its threads at exit, and a request takes minutes.
+    """A thread pool that nobody waits for.
 
-    Leaving its `with` block lets the threads end after what was submitted, and does not wait for that.
+    ThreadPoolExecutor joins its threads at exit, and a request takes minutes. At the end of a `with` block the threads
+    end after the submitted jobs; the block does not wait for them.
     """
 
     def __init__(self, threads: int):
@@ -32,13 +33,13 @@ class DaemonExecutor(Executor):
             thread.start()
 
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> Future:
-        """As of every executor."""
+        """Run a function in a thread, as every executor does."""
         future: Future = Future()
         self._jobs.put((future, fn, args, kwargs))
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
-        """Let the threads end when the jobs submitted so far are done."""
+        """Let the threads end after the jobs submitted so far."""
         for _ in self._threads:
             self._jobs.put(None)
 
@@ -49,12 +50,15 @@ class DaemonExecutor(Executor):
                 continue
             try:
                 future.set_result(function(*args, **kwargs))
-            except BaseException as error:  # it is the caller's, who asks for the result
+            except BaseException as error:  # it is raised for the caller, who asks for the result
                 future.set_exception(error)
 
 
 class EarlyScores:
-    """The scores of one iteration's images: `add` every batch when it is sampled, and `finish` when all are."""
+    """The scores of one iteration's images.
+
+    Call `add` with every sampled batch, and `finish` after the last.
+    """
 
     def __init__(self, mix: RewardMix):
         self.mix = mix
@@ -62,14 +66,20 @@ class EarlyScores:
         self._added: list[Future[dict[str, Tensor]]] = []
 
     def add(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-        """Begin to score the next batch, by the rewards that wait; returns at once."""
-        if self._worker:  # on the CPU from here on: the thread stays off the sampler's stream
+        """Begin to score the next batch, by the rewards that wait.
+
+        It returns at once.
+        """
+        if self._worker:  # on the CPU from here on, to keep the thread off the sampler's stream
             self._added.append(
                 self._worker.submit(self.mix.parts, self.mix.waits, images_B3HW.cpu(), prompts, metadata)
             )
 
     def finish(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> RewardScores:
-        """Scores of all batches that were added, which these images are, in this order. Raises as the mix does."""
+        """Scores of all batches that were added.
+
+        The images are those of the batches, in order. Raises as the mix does.
+        """
         if not self._worker:
             return self.mix(images_B3HW, prompts, metadata)
         self._worker.shutdown()

@@ -1,7 +1,7 @@
 """One call of one reward.
 
-A reward is other people's code. It gets copies, as the next reward sees the same images; it is not waited for without
-end; and whatever it throws, sys.exit included, is told with the image that it was about.
+A reward is other people's code. It gets copies, because the next reward sees the same images. A call has a limit of
+time. Every error of it, sys.exit included, is reported with the image that caused it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Reward(Protocol):
-    """Scores images; higher is better. Deterministic, and a score depends on its own image, prompt and metadata alone.
+    """Protocol of a reward: scores of images, where higher is better.
 
-    images_B3HW: float RGB in [0, 1], any device; prompts and metadata: one per image. Returns B scores, fp32 on CPU.
-    May raise ValueError for metadata that it cannot work with; one that knows so beforehand is a `CheckedReward`.
-    What it gets is its own: it may write into it.
+    images_B3HW: float RGB in [0, 1], any device. prompts and metadata: one per image. Returns B scores, fp32 on CPU. A
+    reward is deterministic, and a score depends on its own image, prompt and metadata alone. It may write into its
+    arguments. It may raise ValueError for metadata that it cannot work with; if it knows so without an image, it is a
+    `CheckedReward`.
     """
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor: ...
@@ -32,17 +33,17 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class CheckedReward:
-    """A reward that knows, without an image, which prompts it cannot score."""
+    """A reward that knows without an image which prompts it cannot score."""
 
     score: Reward
     require: Callable[[str, dict[str, Any]], Any]  # (prompt, its metadata); raises ValueError for one it cannot score
-    model: str | None = None  # what it scores by, where the table's line does not say which
+    model: str | None = None  # name of the model, where the table's line does not give it
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         return self.score(images_B3HW, prompts, metadata)
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> dict[int, str]:
-        """Index of each prompt that it cannot score -> why."""
+        """Reasons by the index of each prompt that it cannot score."""
         reasons = {}
         for index, (prompt, row) in enumerate(zip(prompts, metadata, strict=True)):
             try:
@@ -53,16 +54,22 @@ class CheckedReward:
 
 
 class RewardError(ValueError):
-    """A reward failed; the message names the reward, the prompt and the index of the image in the batch."""
+    """Failure of a reward.
+
+    The message names the reward, the prompt and the index of the image in the batch.
+    """
 
 
 class ServerError(OSError):
-    """A reward's server failed, whatever the image is; the message names the server and what it said."""
+    """Failure of a reward's server, whatever the image is.
+
+    The message names the server and what it said.
+    """
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a reward is asked."""
+    """The arguments of one call of a reward."""
 
     name: str
     reward: Reward
@@ -72,28 +79,28 @@ class Batch:
     seconds: float = 0.0  # the limit of a call; 0: none
 
     def alone(self, index: int) -> Batch:
-        """One image of it."""
+        """The batch of one of its images."""
         part = slice(index, index + 1)
         rows = {"prompts": self.prompts[part], "metadata": self.metadata[part]}
         return replace(self, images_B3HW=self.images_B3HW[part], **rows)
 
 
 def place(index: int, prompts: Sequence[str]) -> str:
-    """An image in words."""
+    """Words that identify an image."""
     return f"image {index} of {len(prompts)} (prompt {textwrap.shorten(prompts[index], 200)!r})"
 
 
 def score(batch: Batch, lenient: bool = False) -> Tensor:
     """(B,) scores, fp32 on the CPU.
 
-    Where the whole batch fails, each image is asked for alone. lenient: those that fail then are NaN, unless all do.
+    Where the whole batch fails, each image is scored alone. lenient: images that fail again are NaN, unless all do.
     Raises RewardError, with the image, for other failures, a result of another shape, and a call that takes too long.
     """
     try:
         return _call(batch)
     except RewardError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a reward's model throws
+    except (Exception, SystemExit) as error:  # a reward's model may raise anything
         return _one_by_one(batch, error, lenient)
 
 
@@ -135,7 +142,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _call(batch: Batch) -> Tensor:
-    """The reward's own answer to copies of its own; what it raises."""
+    """Call the reward with copies of its arguments.
+
+    Raises what the reward raises.
+    """
     from torch import Tensor
 
     images, metadata = batch.images_B3HW.clone(), copy.deepcopy(batch.metadata)
@@ -153,9 +163,9 @@ def _call(batch: Batch) -> Tensor:
 
 
 def _within(batch: Batch, call: Callable[[], Any]) -> Any:
-    """The call's result. Raises RewardError after `seconds`.
+    """Run a call with a limit of time.
 
-    A thread that hangs is left behind, and ends with the process.
+    Raises RewardError after `seconds`. A thread that hangs is left behind, and ends with the process.
     """
     if not batch.seconds:
         return call()
@@ -166,7 +176,7 @@ def _within(batch: Batch, call: Callable[[], Any]) -> Any:
 
     def work() -> None:
         try:
-            with torch.no_grad(), torch.cuda.stream(stream):  # both are a thread's own; the stream has the device
+            with torch.no_grad(), torch.cuda.stream(stream):  # both belong to a thread; the stream has the device
                 found.set_result(call())
         except BaseException as error:
             found.set_exception(error)

@@ -1,4 +1,6 @@
-"""CLIP as a reward: PickScore (arXiv 2305.01569) and CLIPScore, and the CLIP that other rewards are built on.
+"""CLIP as a reward: PickScore (arXiv 2305.01569) and CLIPScore.
+
+Other rewards are built on the same CLIP.
 
     pickscore = exp(logit_scale) cos( image, prompt )    clipscore = cos( image, prompt )
 
@@ -23,26 +25,26 @@ from rewards.preprocessing import centre_crop
 from rewards.step_aware import CLIP_H
 from rewards.weights import Origin, batched, half_on_gpu, pretrained
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"  # has the tokenizer of CLIP_H
+PICKSCORE = "yuvalkirstain/PickScore_v1"  # source of the tokenizer of CLIP_H
 CLIP_L = "openai/clip-vit-large-patch14"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """transformers' CLIP with what prepares its inputs."""
+    """transformers' CLIP, with tokenizer and preparation of images."""
 
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase | None = None  # None: prompts are not read
     prepare: Callable[[Tensor, int], Tensor] = centre_crop  # (images in [0, 1], side) -> normalised squares
 
     def image_features(self, images_B3HW: Tensor) -> Tensor:
-        """(B, D), of length 1 and in fp32, of images in [0, 1]."""
+        """(B, D) features of images in [0, 1], of length 1, fp32."""
         pixels = self.prepare(images_B3HW, self.model.config.vision_config.image_size)
         pooled = self.model.vision_model(pixels.to(self.model.device, self.model.dtype)).pooler_output
         return normalize(self.model.visual_projection(pooled).float(), dim=1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """(B, D), of length 1 and in fp32."""
+        """(B, D) features of texts, of length 1 and in fp32."""
         assert self.tokenizer is not None, "a CLIP that is to read prompts needs its tokenizer"
         length = self.model.config.text_config.max_position_embeddings
         rows = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
@@ -55,7 +57,10 @@ class Clip:
 
 
 def read(origin: Origin, device: torch.device | str, dtype: torch.dtype) -> CLIPModel:
-    """A frozen CLIP from a folder or the hub. Raises ValueError if it is not there, or is no CLIP in safetensors."""
+    """A frozen CLIP from a folder or the hub.
+
+    Raises ValueError if it is not there, or is no CLIP in safetensors.
+    """
     return pretrained(CLIPModel, "CLIP", origin, device, dtype)
 
 

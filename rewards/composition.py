@@ -1,30 +1,31 @@
-"""Composition: do the objects that were found fulfil GenEval's metadata? (arXiv 2310.11513)
+"""Composition: GenEval's verdict on detected objects (arXiv 2310.11513).
 
     metadata = {tag, include: [{class, count, color?, position?: [relation, index of an earlier clause]}],
                 exclude?: [{class, count}]}
 
-strict, the verdict of GenEval's evaluate_images.py (djghosh13/geneval, 16f1681): every `include` clause finds `count`
-objects of its class; its `count` most confident ones have the colour, and stand in the relation to each of those of
-the clause that `position` names; no `exclude` clause finds `count` objects or more. Extra objects are an error only
-where `exclude` says so (tag counting).
+strict is the verdict of GenEval's evaluate_images.py (djghosh13/geneval, 16f1681):
 
-partial, the mean over requirements, in the spirit of Flow-GRPO's training score (yifan123/reward-server, 7131478):
+    count      every `include` clause finds `count` objects of its class
+    colour     its `count` most confident ones have the colour
+    position   they stand in the relation to each of those of the clause that `position` names
+    exclude    no `exclude` clause finds `count` objects or more; extra objects are an error only there (tag counting)
+
+partial is the mean over requirements, in the spirit of Flow-GRPO's training score (yifan123/reward-server, 7131478):
 
     count      1 - |count - found| / count, at least 0: too many costs as much as too few, for every tag
     colour     the share of the wanted objects that are there and have the colour
     position   the share of the wanted objects that are there and stand in the relation to all targets found
     exclude    0 for a class found that `include` does not name; no credit for its absence
 
-so partial = 1 implies strict, partial = 0 where nothing wanted is found, and repeating an object is never worth it
-(strict = 1 with partial < 1 is possible: GenEval's rule lets a second circle pass for "a circle").
+So partial = 1 implies strict, partial = 0 where nothing wanted is found, and repeating an object is never worth it.
+strict = 1 with partial < 1 is possible: GenEval's rule lets a second circle pass for "a circle".
 Differences from Flow-GRPO's score
 1. Its count term goes negative with more than twice the objects; here it stops at 0.
 2. It gives colour and position nothing when the count is wrong; here each object counts, so the score is denser.
 3. Its wrong position adds a 0 and then a 1 to the mean; here it adds the share alone.
 
-`score` knows no detector: it takes `Detection`s. The rewards `composition` and `composition_strict` use the detector
-of the world that the metadata names under `world`: `rewards.detectors.blobs` for shapes, which is the default, and
-`rewards.detectors.matching` for emoji. `geneval` and `geneval_strict` (rewards/geneval.py) use GenEval's, for photos.
+`score` takes `Detection`s of any detector. The rewards `composition` and `composition_strict` use that of the world
+which the metadata names: `rewards.detectors.blobs` for shapes (default), `rewards.detectors.matching` for emoji.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Clause:
     """One entry of `include` or `exclude`."""
 
     name: str  # class of the objects
-    count: int  # >= 1
+    count: int  # at least 1
     color: str | None = None
     relation: str | None = None  # one of RELATIONS, to the objects of the clause `target`
     target: int = 0
@@ -66,14 +67,17 @@ class Requirements:
 
 @dataclass(frozen=True)
 class CompositionScore:
-    """How well an image's objects fulfil its metadata."""
+    """Scores of an image against its metadata."""
 
     strict: bool  # GenEval's verdict
     partial: float  # in [0, 1]; 1 implies strict
 
 
 def parse(metadata: Mapping[str, Any]) -> Requirements:
-    """GenEval metadata as clauses. Raises ValueError, naming what is wrong, for anything else."""
+    """Parse GenEval metadata into clauses.
+
+    Raises ValueError, naming the fault, for anything else.
+    """
     include = metadata.get("include") if isinstance(metadata, Mapping) else None
     if not include:
         raise ValueError(
@@ -110,10 +114,11 @@ def _clause(key: str, index: int, row: Any) -> Clause:
 
 
 def relations(a: Box, b: Box) -> frozenset[str]:
-    """Where box a lies, seen from box b: a subset of RELATIONS, empty when they are too close to tell.
+    """The relations of box a to box b: a subset of RELATIONS.
 
-    The offset of the centres is shrunk, on each axis, by POSITION_THRESHOLD of the boxes' summed extents, and divided
-    by its length before that; a component beyond 0.5 is a relation. On a diagonal two can hold, or neither.
+    It is empty if they are too close to tell. The offset of the centres is shrunk, on each axis, by POSITION_THRESHOLD
+    of the boxes' summed extents, and divided by its length before that; a component beyond 0.5 is a relation. On a
+    diagonal two can hold, or neither.
     """
     offset = ((a[0] + a[2] - b[0] - b[2]) / 2, (a[1] + a[3] - b[1] - b[3]) / 2)
     extent = (abs(a[2] - a[0]) + abs(b[2] - b[0]), abs(a[3] - a[1]) + abs(b[3] - b[1]))
@@ -130,7 +135,10 @@ def _shrunk(value: float, by: float) -> float:
 
 
 def score(metadata: Mapping[str, Any], detections: Sequence[Detection]) -> CompositionScore:
-    """GenEval's verdict and the partial credit of one image. Raises ValueError for invalid metadata."""
+    """GenEval's verdict and the partial credit of one image.
+
+    Raises ValueError for invalid metadata.
+    """
     needed = parse(metadata)
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
@@ -175,8 +183,8 @@ def _placed(clause: Clause, wanted: Sequence[Sequence[Detection]], objects: Sequ
 class World:
     """A small world whose objects a detector finds."""
 
-    detect: Callable[[Tensor], list[Detection]]  # of one image (3, H, W) in [0, 1]
-    require: Callable[[Requirements], None]  # raises ValueError for what the world lacks
+    detect: Callable[[Tensor], list[Detection]]  # finds objects in one image (3, H, W) in [0, 1]
+    require: Callable[[Requirements], None]  # raises ValueError for objects that the world lacks
 
 
 def worlds() -> dict[str, World]:
@@ -194,12 +202,12 @@ def worlds() -> dict[str, World]:
 
 
 def partial(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `composition`, the partial credit with a small world's detector; always on the CPU."""
+    """Factory of `composition`, the partial credit; always on the CPU."""
     return _tinyworld_reward(lambda result: result.partial)
 
 
 def strict(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `composition_strict`, 0 or 1 with a small world's detector; always on the CPU."""
+    """Factory of `composition_strict`, 0 or 1; always on the CPU."""
     return _tinyworld_reward(lambda result: float(result.strict))
 
 
@@ -226,7 +234,10 @@ def _tinyworld_reward(pick: Callable[[CompositionScore], float]) -> Reward:
 
 
 def check_vocabulary(needed: Requirements, names: Collection[str], colors: Collection[str]) -> None:
-    """Raises ValueError for what a detector cannot see, as it would score such a prompt 0 for ever."""
+    """Raise ValueError for an object that a detector cannot see.
+
+    Such a prompt would score 0 for ever.
+    """
     for clause in (*needed.include, *needed.exclude):
         if clause.name not in names or (clause.color is not None and clause.color not in colors):
             thing = clause.name if clause.color is None else f"{clause.color} {clause.name}"
@@ -235,7 +246,7 @@ def check_vocabulary(needed: Requirements, names: Collection[str], colors: Colle
 
 
 def check_colors(needed: Requirements, colored: Mapping[str, Collection[str]]) -> None:
-    """Raises ValueError for a class in a colour that it does not come in."""
+    """Raise ValueError for a class in a colour that it lacks."""
     for clause in (*needed.include, *needed.exclude):
         if clause.color is not None and clause.color not in colored.get(clause.name, ()):
             known = "; ".join(f"{name} in {', '.join(colors)}" for name, colors in colored.items())

@@ -1,18 +1,20 @@
-"""GenEval: does a photo show the objects, numbers, colours and positions that were asked for? (arXiv 2310.11513)
+"""GenEval on photos: objects, numbers, colours and positions (arXiv 2310.11513).
 
-    geneval          the partial credit      geneval_strict   the verdict of GenEval, 0 or 1
+    geneval          the partial credit
+    geneval_strict   the verdict of GenEval, 0 or 1
 
-of rewards/composition.py, which has the formulas, for detections that are made as in GenEval's evaluate_images.py
-(djghosh13/geneval, 16f1681): Mask2Former's objects of a confidence above 0.3, or above 0.9 for the tag counting, at
-most 16 of each class, overlapping or not; the colour of an object is the best of ten by CLIP ViT-L/14, zero-shot, on
-the object's box with all that is not the object in grey #999. Metadata is a row of evaluation_metadata.jsonl.
+rewards/composition.py has the formulas. Detections are made as in GenEval's evaluate_images.py (djghosh13/geneval,
+16f1681). They are Mask2Former's objects of a confidence above 0.3, or above 0.9 for the tag counting: at most 16 of
+each class, overlapping or not. CLIP ViT-L/14 names an object's colour, the best of ten, zero-shot. It sees the
+object's box with everything else in grey #999. Metadata is a row of evaluation_metadata.jsonl.
 
-SOURCE is a Mask2Former, as a folder or hub id (default facebook/mask2former-swin-small-coco-instance); in a folder,
-`clip/` may hold the CLIP (default openai/clip-vit-large-patch14), and the Mask2Former may be in `detector/`.
+    SOURCE     a Mask2Former, as a folder or hub id (default facebook/mask2former-swin-small-coco-instance)
+    clip/      in a folder: the CLIP (default openai/clip-vit-large-patch14)
+    detector/  in a folder: the Mask2Former, if it is not in the folder itself
 
 Differences from GenEval's
 1. The detector: the authors' weights of Mask2Former with Swin-S, where GenEval has mmdetection's, trained anew. Scores
-   are not equal to GenEval's, and how near they are is not measured yet.
+   are not equal to GenEval's, and the distance is not measured yet.
 2. Classes are taken by index: the names that the weights carry are not those of GenEval's prompts.
 3. The partial credit is not below 0, where that of public ports is with more than twice the objects.
 """
@@ -37,12 +39,12 @@ from rewards.detectors.mask2former import COCO_INSTANCE, Instance, Mask2Former
 from rewards.preprocessing import centre_crop, round_half
 from rewards.weights import Origin, half_on_gpu
 
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of the detector's confidence
-MAX_OBJECTS = 16  # of a class
-GREY = 0x99 / 255  # of what is not the object, when its colour is asked for
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # confidences of the detector
+MAX_OBJECTS = 16  # most objects of a class
+GREY = 0x99 / 255  # colour of everything but the object, when its colour is asked for
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-# COCO's, in its order, in the words of GenEval's object_names.txt.
+# COCO's classes, in its order, in the words of GenEval's object_names.txt.
 # fmt: off
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -62,7 +64,7 @@ Paint = Callable[[Sequence[Tensor], str], list[str]]  # ((3, h, w) crops, their 
 
 @dataclass(frozen=True)
 class Colors:
-    """CLIP's choice among `COLORS`, called with crops of one class."""
+    """CLIP's choice among `COLORS`, for crops of one class."""
 
     clip: Clip
     _texts: dict[str, Tensor] = field(default_factory=dict)  # class -> (colours, D)
@@ -86,14 +88,17 @@ def threshold(metadata: Mapping[str, Any]) -> float:
 
 
 def crop(image_3HW: Tensor, thing: Instance) -> Tensor:
-    """(3, h, w), the object's box with all that is not the object in grey."""
+    """(3, h, w) box of an object, with everything else in grey."""
     left, top, right, bottom = map(int, thing.box)
     masked_3HW = torch.where(thing.mask_HW.to(image_3HW.device), image_3HW, GREY)
     return masked_3HW[:, top:bottom, left:right]
 
 
 def detections(image_3HW: Tensor, things: Sequence[Instance], needed: Requirements, paint: Paint) -> list[Detection]:
-    """The best `MAX_OBJECTS` of each class; with their colour, where the prompt asks for one of their class."""
+    """The best `MAX_OBJECTS` of each class.
+
+    They have a colour where the prompt asks for one of their class.
+    """
     coloured = {clause.name for clause in needed.include if clause.color is not None}
     by_name: dict[str, list[Instance]] = {}
     for thing in things:
@@ -107,7 +112,10 @@ def detections(image_3HW: Tensor, things: Sequence[Instance], needed: Requiremen
 
 
 def judge(detect: Detect, paint: Paint, pick: Callable[[CompositionScore], float]) -> Reward:
-    """A reward from what finds objects, what names their colours, and which of the two scores is wanted."""
+    """Make a reward.
+
+    detect finds objects, paint names their colours, and pick chooses one of the two scores.
+    """
 
     def require(prompt: str, row: dict[str, Any]) -> Requirements:
         needed = parse(row)
@@ -126,12 +134,18 @@ def judge(detect: Detect, paint: Paint, pick: Callable[[CompositionScore], float
 
 
 def partial(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `geneval`; source: see above. Raises ValueError for models that are missing or do not fit."""
+    """Factory of `geneval`; source: see the module's docstring.
+
+    Raises ValueError for models that are missing or do not fit.
+    """
     return _load("geneval", device, source, lambda result: result.partial)
 
 
 def strict(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `geneval_strict`; source: see above. Raises ValueError for models that are missing or do not fit."""
+    """Factory of `geneval_strict`; source: see the module's docstring.
+
+    Raises ValueError for models that are missing or do not fit.
+    """
     return _load("geneval_strict", device, source, lambda result: float(result.strict))
 
 

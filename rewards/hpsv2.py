@@ -1,12 +1,13 @@
-"""HPSv2 and HPSv2.1 (arXiv 2306.09341): CLIP ViT-H/14 tuned on people's choices; their scores are not comparable.
+"""HPSv2 and HPSv2.1: CLIP ViT-H/14 tuned on people's choices (arXiv 2306.09341).
 
     score = cos( image, prompt )
 
-Weights: HPS_v2_compressed.pt and HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub, which are named as open_clip names
-its ViT-H-14 and converted here to transformers' CLIP. SOURCE is that file (.pt or .safetensors), or a folder with it
-and, if it is to be read from there too, a tokenizer. As in the hpsv2 package, prompts go through ftfy, and an image is
-scaled until its longer side is 224 and padded with black: nothing is cropped, unlike for PickScore. It is antialiased,
-as that package does it since torchvision 0.17; with an older one, as in 2023, it did not.
+Scores of the two are not comparable. Weights: HPS_v2_compressed.pt and HPS_v2.1_compressed.pt of xswu/HPSv2 on the
+hub. They have open_clip's names of its ViT-H-14, and are converted here to transformers' CLIP. SOURCE is that file
+(.pt or .safetensors), or a folder with it and, optionally, a tokenizer. As in the hpsv2 package, prompts go through
+ftfy, and an image is scaled until its longer side is 224 and padded with black. Unlike for PickScore, nothing is
+cropped. The image is antialiased, as in that package since torchvision 0.17; with an older one, as in 2023, it was
+not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rewards.step_aware import CLIP_H, clip_h_config
 from rewards.weights import Origin, assemble, batched, half_on_gpu, renamed
 
 HUB = "xswu/HPSv2"
-# open_clip's names, to transformers'; the text tower has no prefix there
+# From open_clip's names to transformers'; the text tower has no prefix there.
 _RENAMED = (
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),

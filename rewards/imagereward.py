@@ -1,11 +1,11 @@
-"""ImageReward-v1.0 (arXiv 2304.05977): BLIP reads the prompt with the image before it, and a head scores the two.
+"""ImageReward-v1.0: BLIP reads prompt and image, a head scores them (arXiv 2304.05977).
 
     score = (head( text(prompt; vision(image))[CLS] ) - 0.167) / 1.033    head: linear layers 768-1024-128-64-16-1
 
 Weights: ImageReward.pt of THUDM/ImageReward on the hub, converted here to transformers' BLIP (ViT-L/16, and BERT-base
-with cross-attention). SOURCE is that file (.pt or .safetensors), or a folder with it and, if it is to be read from
-there too, the tokenizer of google-bert/bert-base-uncased. Images: shorter side to 224 by PIL's bicubic, centre crop,
-CLIP's mean and std. Long prompts are cut at 35 tokens, as published.
+with cross-attention). SOURCE is that file (.pt or .safetensors), or a folder with it and, optionally, the tokenizer of
+google-bert/bert-base-uncased. Images: shorter side to 224 by PIL's bicubic, centre crop, CLIP's mean and std. Long
+prompts are cut at 35 tokens, as published.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BERT = "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores; ImageReward/ImageReward.py, 1.5
 MAX_TOKENS = 35
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
-# BLIP's names of its vision tower, to transformers'; those of the text tower are the same
+# From BLIP's names of its vision tower to transformers'; those of the text tower are the same.
 _RENAMED = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -49,7 +49,10 @@ _RENAMED = (
 
 
 def configs() -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """The two towers: ImageReward/models/BLIP/blip.py (large), vit.py, and med_config.json on the hub."""
+    """The configs of the two towers.
+
+    They are ImageReward/models/BLIP/blip.py (large), vit.py, and med_config.json on the hub.
+    """
     vision = BlipVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -60,25 +63,28 @@ def configs() -> tuple[BlipVisionConfig, BlipTextConfig]:
         layer_norm_eps=1e-6,
     )
     text = BlipTextConfig(
-        vocab_size=30524,  # bert-base-uncased, [DEC] and [ENC]
+        vocab_size=30524,  # bert-base-uncased, with [DEC] and [ENC]
         hidden_size=768,
         encoder_hidden_size=1024,
         intermediate_size=3072,
         num_hidden_layers=12,
         num_attention_heads=12,
         layer_norm_eps=1e-12,
-        is_decoder=True,  # has cross-attention; the prompt is still read in both directions
+        is_decoder=True,  # gives it cross-attention; it still reads the prompt in both directions
     )
     return vision, text
 
 
 def towers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of vision, text (under transformers' names) and head; the rest of BLIP is not part of the score."""
+    """Weights of vision, text (under transformers' names) and head.
+
+    The rest of BLIP is not part of the score.
+    """
     vision, text, head = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         for prefix in (_VISION, _TEXT, _HEAD)
     )
-    text.pop("embeddings.position_ids", None)  # a constant
+    text.pop("embeddings.position_ids", None)  # it is a constant
     return {renamed(name, _RENAMED): tensor for name, tensor in vision.items()}, text, head
 
 
@@ -103,7 +109,10 @@ class ImageReward:
 
 
 def imagereward(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `imagereward`; source: the file, or a folder. Raises ValueError if something is not there."""
+    """Factory of `imagereward`; source: the file, or a folder.
+
+    Raises ValueError if something is not there.
+    """
     origin = Origin.of("imagereward", source, HUB)
     file = origin.find("ImageReward.pt", "ImageReward.safetensors")
     vision, text, head = towers(origin.tensors(file))

@@ -1,8 +1,9 @@
-"""JPEG size as a reward (DDPO, arXiv 2305.13301): no model, no download, and the effect of RL is there to see.
+"""JPEG size as a reward (DDPO, arXiv 2305.13301).
 
     jpeg_compressibility = -kB    jpeg_incompressibility = +kB    (1 kB = 1000 bytes, quality 95, 4:2:0, Pillow)
 
-As in ddpo-pytorch. Flow-GRPO divides the compressibility by 500 kB; a weight of 0.002 gives that scale.
+The formula is ddpo-pytorch's. Flow-GRPO divides the compressibility by 500 kB; a weight of 0.002 gives that scale. It
+needs no model and no download, and shows the effect of RL to the eye.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ QUALITY = 95
 
 
 def size_kb(images_B3HW: Tensor) -> Tensor:
-    """Size in kB (1000 bytes) of each image, float in [0, 1], as a JPEG of quality 95; (B,) fp32 on CPU."""
+    """JPEG size in kB of each image, (B,) fp32 on CPU.
+
+    Images: float in [0, 1]. 1 kB is 1000 bytes; the quality is 95.
+    """
     return torch.tensor([_encoded_bytes(image) / 1000 for image in pil_images(images_B3HW)], dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""The list of rewards as text: range, what computes it, what it needs, and if that is here."""
+"""The list of rewards as text: range, model, needs, missing packages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ COMMAND = Command("python -m rewards", ListOptions, "The rewards that this versi
 
 
 def table() -> str:
-    """The rewards as an aligned plain-text table, one a line below a header and a rule."""
+    """The rewards as an aligned table in plain text.
+
+    Below a header and a rule, each reward has a line.
+    """
     rows = [
         (name, spec.range, spec.model, spec.needs, _extra(spec), _installed(spec), spec.summary)
         for name, spec in REWARDS.items()

@@ -1,4 +1,7 @@
-"""Mixes of rewards: built by name, checked, scored part by part and in total."""
+"""Mixes of rewards, built by name.
+
+A mix is checked, and scored part by part and in total.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_PIXEL_SLACK = 1e-3  # how far outside [0, 1] rounding may take a pixel
+_PIXEL_SLACK = 1e-3  # distance from [0, 1] to which rounding may take a pixel
 
 
 @dataclass(frozen=True)
 class RewardScores:
-    """What a mix says of B images; fp32 on CPU."""
+    """Scores of B images by a mix, fp32 on CPU."""
 
     total_B: Tensor  # sum over rewards of weight * part
     parts: dict[str, Tensor]  # name -> (B,) raw scores, before the weight
@@ -31,16 +34,16 @@ class RewardScores:
 
 @dataclass(frozen=True)
 class RewardMix:
-    """A weighted sum of rewards that checks each of them on every call.
+    """A weighted sum of rewards, which are checked on every call.
 
     Raises ValueError for no rewards at all, or weights that are not as many finite numbers.
     """
 
     rewards: Mapping[str, Reward]
     weights: tuple[float, ...]  # one per reward, in order; a reward of weight 0 is scored and logged
-    waits: frozenset[str] = frozenset()  # names of those that mostly wait for a server; see rewards.background
-    lenient: bool = False  # a score that is not finite, or missing, is NaN, for the caller to leave out, and no error
-    seconds: float = 1800.0  # that a reward which does not wait for a server may take for a call; 0: any
+    waits: frozenset[str] = frozenset()  # names of the rewards that mostly wait for a server; see rewards.background
+    lenient: bool = False  # make a score that is not finite, or missing, NaN and no error; the caller leaves it out
+    seconds: float = 1800.0  # limit of a call to a reward that does not wait for a server; 0: none
 
     def __post_init__(self) -> None:
         if not self.rewards:
@@ -58,18 +61,24 @@ class RewardMix:
 
     @property
     def models(self) -> dict[str, str]:
-        """What scores, by reward, where a reward says so itself."""
+        """Models by reward, where a reward names its own."""
         return {name: r.model for name, r in self.rewards.items() if isinstance(r, CheckedReward) and r.model}
 
     def unscorable(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> dict[str, dict[int, str]]:
-        """Reward -> index of each prompt that it knows it cannot score -> why; without rewards that can score all."""
+        """Prompts that a reward knows it cannot score.
+
+        Returns reward -> index of the prompt -> reason. Rewards that can score all are left out.
+        """
         checked = {
             name: r.check(prompts, metadata) for name, r in self.rewards.items() if isinstance(r, CheckedReward)
         }
         return {name: reasons for name, reasons in checked.items() if reasons}
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-        """Raise ValueError, before an image is made, if a reward cannot score one of the prompts."""
+        """Raise ValueError if a reward cannot score one of the prompts.
+
+        This comes before an image is made.
+        """
         for name, reasons in self.unscorable(prompts, metadata).items():
             first = min(reasons)
             raise ValueError(
@@ -91,9 +100,12 @@ class RewardMix:
     def parts(
         self, names: Collection[str], images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> dict[str, Tensor]:
-        """name -> (B,) raw scores by some of the rewards. Raises as the whole mix does."""
+        """name -> (B,) raw scores by some of the rewards.
+
+        Raises as the whole mix does.
+        """
         _check_batch(images_B3HW, prompts, metadata)
-        import torch  # the table of rewards is read without it
+        import torch  # here, because the table of rewards is read without torch
 
         with torch.no_grad():
             return {name: self._part(name, images_B3HW, prompts, metadata) for name in names}
@@ -111,14 +123,17 @@ class RewardMix:
         return scores_B.where(scores_B.isfinite(), math.nan)
 
     def weigh(self, parts: Mapping[str, Tensor]) -> RewardScores:
-        """The total of every reward's (B,) scores. Raises RewardError where fp32 does not hold it (`lenient`: NaN)."""
+        """The total of every reward's (B,) scores.
+
+        Raises RewardError where fp32 does not hold the total; `lenient` makes it NaN.
+        """
         import torch
 
         ordered = {name: parts[name] for name in self.names}
         total_B = torch.zeros(len(ordered[self.names[0]]))
         missing_B = torch.zeros_like(total_B, dtype=torch.bool)
         for part_B, weight in zip(ordered.values(), self.weights, strict=True):
-            total_B += weight * (part_B if weight else part_B.nan_to_num())  # 0 is for looking on
+            total_B += weight * (part_B if weight else part_B.nan_to_num())  # a reward of weight 0 is only logged
             missing_B |= part_B.isnan() & (weight != 0)
         over_B = ~total_B.isfinite() & ~missing_B
         if over_B.any() and not self.lenient:
@@ -126,7 +141,10 @@ class RewardMix:
         return RewardScores(total_B.where(total_B.isfinite(), math.nan), ordered)
 
     def _overflow(self, index: int, parts: Mapping[str, Tensor]) -> str:
-        """Words for a total that fp32 does not hold, by the reward that adds most to it."""
+        """Words for a total that fp32 does not hold.
+
+        They name the reward that adds most to it.
+        """
         scores = {name: float(parts[name][index]) for name in self.names}
         weights = dict(zip(self.names, self.weights, strict=True))
         most = max(self.names, key=lambda name: abs(weights[name] * scores[name]))
@@ -137,10 +155,10 @@ class RewardMix:
 def build(
     names: Sequence[str], weights: Sequence[float] | None = None, device: torch.device | str = "cpu"
 ) -> RewardMix:
-    """Load the named rewards, NAME or NAME=SOURCE each, on a device; all weights are 1 unless given.
+    """Load the named rewards, each as NAME or NAME=SOURCE, on a device.
 
-    Raises ValueError for an unknown name, one whose packages are not installed, a duplicate, or unfit weights;
-    ServerError when a reward's server does not answer.
+    All weights are 1 unless given. Raises ValueError for an unknown name, one whose packages are not installed, a
+    duplicate, or unfit weights; ServerError when a reward's server does not answer.
     """
     if isinstance(names, str):
         raise ValueError(f"the rewards must be a list of names, got the string {names!r}")
@@ -154,7 +172,7 @@ def build(
         if missing := spec.missing():
             raise ValueError(f"reward {name!r} needs {', '.join(missing)}: {extras.install(spec.extra)}")
     chosen = (1.0,) * len(names) if weights is None else tuple(weights)
-    RewardMix(dict.fromkeys(specs, _unloaded), chosen)  # refuse unfit weights before anything is downloaded
+    RewardMix(dict.fromkeys(specs, _unloaded), chosen)  # refuses unfit weights before anything is downloaded
     rewards = {name: _load(spec, device, source) for name, source, spec in asked}
     return RewardMix(rewards, chosen, frozenset(name for name, spec in specs.items() if spec.waits))
 
@@ -167,7 +185,7 @@ def _load(spec: RewardSpec, device: torch.device | str, source: str | None) -> R
     module, function = spec.factory.split(":")
     try:
         return getattr(importlib.import_module(module), function)(device, source)
-    except SystemExit as error:  # a library's, that takes this for its own program
+    except SystemExit as error:  # a library may call it, as if this were its own program
         raise RewardError(f"{spec.factory} called sys.exit({error.code!r})") from error
 
 

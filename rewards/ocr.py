@@ -1,18 +1,20 @@
-"""Text rendering: how much of the text that a prompt quotes can be read in the image (Flow-GRPO, arXiv 2505.05470).
+"""Text rendering: legibility of the text that a prompt quotes.
+
+The reward is Flow-GRPO's (arXiv 2505.05470).
 
     target t: the first quotation of the prompt; r: all that is read; both without spaces, in lower case
     score = 1 if t is contained in r, else 1 - min(lev(t, r), |t|) / |t|          lev: Levenshtein's distance
 
 PP-OCR models read, through rapidocr (its wheel holds them) or, with `ocr=paddleocr`, through PaddleOCR 3, which
-downloads them. They are pinned by name (`MODELS`), and results say which: scores of two models do not compare. They
-need characters of about 16 pixels: an image is enlarged by the least whole factor that brings its shorter side to
-MIN_SIDE (Flow-GRPO's images have 512). The angle classifier is off, as there.
+downloads them. They are pinned by name (`MODELS`). Results name the model, because scores of two models do not
+compare. The models need characters of about 16 pixels. So an image is enlarged by the least whole factor that brings
+its shorter side to MIN_SIDE (Flow-GRPO's images have 512). The angle classifier is off, as there.
 
 Deviations from the public code
 1. It gives 0 when reading fails, and crashes for a prompt that quotes nothing. Here the first is an error that names
    the image, and the second is found before anything is sampled.
-2. It takes what stands between the first two ". Here `quotations` reads as people do: curly and escaped marks quote,
-   and the mark of a 5" nail does not.
+2. It takes the text between the first two ". Here `quotations` reads as people do: curly and escaped marks quote, and
+   the mark of a 5" nail does not.
 3. It reads with PaddleOCR 2.9's English models, en_PP-OCRv3_det and en_PP-OCRv4_rec, which PaddleOCR 3 cannot load.
 """
 
@@ -34,15 +36,19 @@ MIN_SIDE = 128  # pixels
 BACKENDS = ("rapidocr", "paddleocr")
 MODELS = {"rapidocr": "PP-OCRv6 small", "paddleocr": "PP-OCRv4_mobile_det, en_PP-OCRv4_mobile_rec"}
 _MARK = re.compile(r'\\?["“”„«»]')
-_ENDS = {'"': '"”', "“": '”"“', "„": '“”"', "«": "»"}  # what may end a quotation, the likeliest first
-_BEFORE = "([{<:;,.!?-–—/"  # what a word may follow without a space; a straight mark after it begins a quotation
+_ENDS = {'"': '"”', "“": '”"“', "„": '“”"', "«": "»"}  # marks that may end a quotation, the likeliest first
+# signs after which a word may begin without a space; a straight mark after one begins a quotation
+_BEFORE = "([{<:;,.!?-–—/"
 _PLAIN = str.maketrans("‘’“”„", '\'\'"""')  # a reading has straight marks where a prompt has curly ones
 
 Reader = Callable[[np.ndarray], Sequence[str]]  # (H, W, 3) BGR bytes -> the lines of text
 
 
 def target(prompt: str) -> str:
-    """The text that a prompt quotes, normalised. Raises ValueError where there is none."""
+    """The text that a prompt quotes, normalised.
+
+    Raises ValueError where there is none.
+    """
     for quotation in quotations(prompt):
         if text := normalised(quotation):
             return text
@@ -50,10 +56,10 @@ def target(prompt: str) -> str:
 
 
 def quotations(prompt: str) -> Iterator[str]:
-    """What a prompt quotes, in order.
+    """Yield the quotations of a prompt, in order.
 
     Straight, curly, low and angle marks quote, also with a backslash before them. A straight mark after a digit is a
-    unit of length, unless it ends a quotation; within one it is a unit if a later mark can only be the end.
+    unit of length, unless it ends a quotation. Within a quotation it is a unit if a later mark can only be the end.
     """
     marks = list(_MARK.finditer(prompt))
     at = 0
@@ -65,7 +71,7 @@ def quotations(prompt: str) -> Iterator[str]:
 
 
 def _begins(prompt: str, mark: re.Match[str]) -> bool:
-    """Whether a mark can be the first of a quotation."""
+    """Tell whether a mark can be the first of a quotation."""
     kind, before, after = mark[0][-1], prompt[: mark.start()][-1:], prompt[mark.end() :][:1]
     if kind != '"':
         return kind in _ENDS
@@ -87,7 +93,10 @@ def _end(prompt: str, marks: Sequence[re.Match[str]], begin: int) -> int | None:
 
 
 def _is_unit(prompt: str, marks: Sequence[re.Match[str]], i: int) -> bool:
-    """Whether a mark within a quotation is of a length: it follows a digit, and a later one can only be the end."""
+    """Tell whether a mark within a quotation is a unit of length.
+
+    It follows a digit, and a later mark can only be the end.
+    """
     if not _after_digit(prompt, marks[i]):
         return False
     others = [mark for mark in marks[i + 1 :] if not _after_digit(prompt, mark)]
@@ -99,12 +108,12 @@ def _after_digit(prompt: str, mark: re.Match[str]) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Without spaces, in lower case, with straight quotation marks."""
+    """The text without spaces, in lower case, with straight quotation marks."""
     return text.replace(" ", "").translate(_PLAIN).lower()
 
 
 def similarity(wanted: str, read: str) -> float:
-    """The score of the module's docstring, of two normalised texts."""
+    """The score of two normalised texts; see the module's docstring."""
     from rapidfuzz.distance import Levenshtein
 
     if wanted in read:
@@ -113,7 +122,10 @@ def similarity(wanted: str, read: str) -> float:
 
 
 def enlarged(image_3HW: Tensor) -> np.ndarray:
-    """(H, W, 3) BGR bytes of an image in [0, 1] whose shorter side has at least MIN_SIDE pixels."""
+    """(H, W, 3) BGR bytes of an image in [0, 1].
+
+    Its shorter side has at least MIN_SIDE pixels.
+    """
     image = to_pil(image_3HW)
     factor = -(-MIN_SIDE // min(image.size))
     if factor > 1:
@@ -122,7 +134,10 @@ def enlarged(image_3HW: Tensor) -> np.ndarray:
 
 
 def ocr(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `ocr`; source: rapidocr or paddleocr. Raises ValueError for another, or one not installed."""
+    """Factory of `ocr`; source: rapidocr or paddleocr.
+
+    Raises ValueError for another source, or one that is not installed.
+    """
     backend = source or BACKENDS[0]
     if backend not in BACKENDS:
         raise ValueError(f"unknown OCR backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -140,16 +155,16 @@ def _rapidocr() -> Reader:
     from rapidocr import LangDet, LangRec, ModelType, OCRVersion, RapidOCR
 
     options = {
-        "Det.ocr_version": OCRVersion.PPOCRV6,  # its own choice changes from release to release
+        "Det.ocr_version": OCRVersion.PPOCRV6,  # pinned, because rapidocr's own choice changes with its release
         "Det.model_type": ModelType.SMALL,
-        "Det.lang_type": LangDet.CH,  # of Chinese and English
+        "Det.lang_type": LangDet.CH,  # Chinese and English
         "Rec.ocr_version": OCRVersion.PPOCRV6,
         "Rec.model_type": ModelType.SMALL,
         "Rec.lang_type": LangRec.CH,
         "Global.log_level": "error",
         "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
         "Det.limit_type": "min",
-        "Det.limit_side_len": MIN_SIDE,  # not its 736, to which it would enlarge every image: seven times slower
+        "Det.limit_side_len": MIN_SIDE,  # rapidocr's own 736 would enlarge every image, and take seven times as long
     }
     engine = RapidOCR(params=options)
     return lambda pixels: engine(pixels, use_cls=False).txts or ()

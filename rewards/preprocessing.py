@@ -1,7 +1,7 @@
-"""Images as published rewards are given them: an 8-bit image, resized, normalised by a mean and std.
+"""Images as published rewards take them: resized and normalised.
 
-Resizing is bicubic and antialiased. PIL's, before the crop, gives 8-bit images again; torchvision's, before the
-padding, gives floats that may be a little outside [0, 1].
+An image has 8 bits a channel. Resizing is bicubic and antialiased. PIL's, before the crop, gives 8-bit images again;
+torchvision's, before the padding, gives floats that may be a little outside [0, 1].
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def floor_half(excess: int) -> int:
-    """Half of an excess, rounded down: how far transformers' centre crop moves in."""
+    """Half of an excess, rounded down, as in transformers' centre crop."""
     return excess // 2
 
 
 def round_half(excess: int) -> int:
-    """Half of an excess, rounded to even: how far torchvision's centre crop moves in."""
+    """Half of an excess, rounded to even, as in torchvision's centre crop."""
     return round(excess / 2)
 
 
@@ -36,12 +36,18 @@ def pil_images(images_B3HW: Tensor) -> list[Image.Image]:
 
 
 def centre_crop(images_B3HW: Tensor, side: int, half: Callable[[int], int] = floor_half) -> Tensor:
-    """(B, 3, side, side), normalised: the shorter side becomes `side`, and the middle of the longer one is kept."""
+    """(B, 3, side, side), normalised: a centre crop of each image.
+
+    The shorter side becomes `side`, and the middle of the longer one is kept.
+    """
     return _normalised(_tensor([_cropped(image, side, half) for image in pil_images(images_B3HW)]))
 
 
 def pad_to_square(images_B3HW: Tensor, side: int) -> Tensor:
-    """(B, 3, side, side), normalised: the longer side becomes `side`, and the shorter one is padded with black."""
+    """(B, 3, side, side), normalised: each image, padded with black.
+
+    The longer side becomes `side`, and the shorter one is padded.
+    """
     scale = side / max(images_B3HW.shape[2:])
     height, width = (round(length * scale) for length in images_B3HW.shape[2:])
     resized_B3HW = interpolate(levels(images_B3HW) / 255, (height, width), mode="bicubic", antialias=True)
@@ -50,9 +56,10 @@ def pad_to_square(images_B3HW: Tensor, side: int) -> Tensor:
 
 
 def bounded(images_B3HW: Tensor, shorter: int, longer: int) -> Tensor:
-    """(B, 3, h, w), normalised by ImageNet's mean and std: the shorter side becomes `shorter` by PIL's bilinear.
+    """(B, 3, h, w), normalised by ImageNet's mean and std.
 
-    Less, in proportion, where the longer side would have more than `longer` pixels.
+    The shorter side becomes `shorter`, by PIL's bilinear. If the longer side would then exceed `longer` pixels, it
+    becomes `longer`, and the shorter side follows in proportion.
     """
     sides = images_B3HW.shape[2:]
     scale = min(shorter / min(sides), longer / max(sides))

@@ -1,7 +1,7 @@
-"""`remote=http://HOST:PORT`: any reward behind HTTP, as `python -m rewards.serve` serves it.
+"""Any reward behind HTTP, by `remote=http://HOST:PORT`.
 
-The protocol is in docs/remote.md. The score is the server's total; images travel as PNGs, hence rounded to 8 bits a
-channel (see rewards.server.wire).
+`python -m rewards.serve` serves it, by the protocol in docs/remote.md. The score is the server's total. Images travel
+as PNGs, hence rounded to 8 bits a channel (see rewards.server.wire).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from rewards import Reward
 from rewards.server.client import Server
 from rewards.server.wire import to_png
 
-_LARGEST = torch.finfo(torch.float32).max  # also of whole numbers, of which JSON has larger ones than floats
-BATCH = 16  # images a request: 70 MB at most at 1024 x 1024
+_LARGEST = torch.finfo(torch.float32).max  # also for whole numbers: JSON has larger ones than floats
+BATCH = 16  # images of a request: 70 MB at most at 1024 x 1024
 
 
 def remote(device: torch.device | str, source: str | None = None) -> Reward:
-    """Factory of `remote`; source: the server's URL. Asks it once for nothing, so that a wrong URL or token shows.
+    """Factory of `remote`; source: the server's URL.
 
-    Raises ValueError without a URL, or with an unfit one; ServerError when the server does not answer as it should.
+    It sends one empty request, so that a wrong URL or token shows at once. Raises ValueError without a URL, or with an
+    unfit one; ServerError when the server does not answer as it should.
     """
     if source is None:
         raise ValueError("reward 'remote' needs its server: remote=http://HOST:PORT")
@@ -41,7 +42,10 @@ def remote(device: torch.device | str, source: str | None = None) -> Reward:
 def ask(
     server: Server, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> list[float]:
-    """The server's totals for one request's images. Raises ServerError unless they are as many finite numbers."""
+    """The server's totals for one request's images.
+
+    Raises ServerError unless they are as many finite numbers.
+    """
     body = {"images": [to_png(image) for image in images_B3HW], "prompts": list(prompts), "metadata": list(metadata)}
     answer = server.post("/score", body)
     scores = answer.get("total") if isinstance(answer, dict) else None

@@ -1,8 +1,10 @@
-"""Serve rewards over HTTP, for `--reward remote=http://HOST:PORT` elsewhere: a model too large, or of another world.
+"""Serve rewards over HTTP, for `--reward remote=http://HOST:PORT` elsewhere.
+
+It is for a model that is too large for the training machine, or needs other packages.
 
     python -m rewards.serve --reward jpeg_compressibility composition --reward_weights 0.002 1 --port 8000
 
-Loopback needs no token; any other address does. The protocol, and what is safe, are in docs/remote.md.
+Loopback needs no token; any other address does. docs/remote.md has the protocol, and says what is safe.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from rlg.cli import fail_cleanly
 from rlg.config_parser import Command, option
 
 _MODULES = ("fastapi", "uvicorn")
-_CONNECTIONS = 128  # at a time; more are answered 503, and clients come again
+_CONNECTIONS = 128  # connections at a time; more are answered 503, and clients come again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,10 @@ COMMAND = Command("python -m rewards.serve", ServeOptions, "Serve rewards over H
 
 
 def read_token(file: Path | None) -> str | None:
-    """The token of a file, or else of the environment. Raises ValueError for an unfit one, OSError for no file."""
+    """The token of a file, or else of the environment.
+
+    Raises ValueError for an unfit one, OSError for no file.
+    """
     if file is not None:
         return wire.check_token(file.read_text(), str(file))
     token = os.environ.get(wire.TOKEN)
@@ -49,7 +54,10 @@ def read_token(file: Path | None) -> str | None:
 
 
 def serve(options: ServeOptions) -> None:
-    """Load the rewards, and serve until interrupted. Raises ValueError or OSError for what the user can mend."""
+    """Load the rewards, and serve until interrupted.
+
+    Raises ValueError or OSError for faults that the user can mend.
+    """
     if options.max_mb <= 0 or options.max_images <= 0:
         raise ValueError("--max_mb and --max_images must be positive")
     token = read_token(options.token_file)
@@ -87,7 +95,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     with fail_cleanly():
         serve(COMMAND.parse())
 

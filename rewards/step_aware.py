@@ -1,14 +1,14 @@
-"""The step-aware preference model of SPO (arXiv 2406.04314): CLIP that is told how noisy the image's origin was.
+"""SPO's step-aware preference model: CLIP with a time (arXiv 2406.04314).
 
     score(image, prompt, t) = exp(logit_scale) cos( vision(image; t), text(prompt) )
 
-Images are estimates of x0 at the diffusion network's time t (0: a finished image). t is embedded (sinusoids, two
-layers) and modulates each layer of the vision tower as in DiT (arXiv 2212.09748): a shift, a scale and a gate around
-attention and around the MLP, and a shift and a scale of the pooled output. A new model starts with gates 1 and the
-rest 0, where it is the CLIP that it was made from, at all times.
+Images are estimates of x0 at the diffusion network's time t, which says how noisy their origin was; 0 is a finished
+image. t is embedded (sinusoids, two layers) and modulates each layer of the vision tower as in DiT (arXiv 2212.09748):
+a shift, a scale and a gate around attention and around the MLP, and a shift and a scale of the pooled output. A new
+model has gates 1 and the rest 0, so that it equals the CLIP that it was made from, at all times.
 
 Names and shapes of the parameters are those of the released weights, SPO-Diffusion-Models/Step-Aware_Preference_Models
-on the hub, which start from PickScore (CLIP ViT-H/14) and are pickles. Convert one where you trust its source:
+on the hub, which start from PickScore (CLIP ViT-H/14) and are pickles. Convert one if you trust its source:
 
     python -c "import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], weights_only=True); \
         s.save_file({k: v.contiguous() for k, v in d.items()}, sys.argv[2])" sd-v1-5_....bin spm_sd15.safetensors
@@ -36,15 +36,15 @@ from rewards.weights import difference
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose size, tokenizer and preprocessing the released weights have
-_MOST_LAYERS = 1000  # of a tower: each takes milliseconds to set up, before any weight is read
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the released weights have its size, tokenizer and preprocessing
+_MOST_LAYERS = 1000  # layers of a tower: each takes milliseconds to set up, before any weight is read
 _FREQUENCIES = 256
 _PERIOD = 10_000
 _BUFFERS = ("position_ids",)  # older transformers saved these constants
 
 
 def clip_h_config() -> CLIPConfig:
-    """CLIP ViT-H/14, as `CLIP_H`."""
+    """The config of CLIP ViT-H/14, as `CLIP_H`."""
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
     vision |= {"image_size": 224, "patch_size": 14}
@@ -53,9 +53,9 @@ def clip_h_config() -> CLIPConfig:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, image_size: int = 64) -> CLIPConfig:
-    """A CLIP of about a million parameters for small images and a small vocabulary.
+    """The config of a CLIP for small images and a small vocabulary.
 
-    Raises ValueError for a tokenizer that is no CLIP's, such as T5's.
+    It has about a million parameters. Raises ValueError for a tokenizer that is no CLIP's, such as T5's.
     """
     if tokenizer.bos_token_id is None:
         raise ValueError(f"a tiny CLIP needs a CLIP tokenizer, and the base model has a {type(tokenizer).__name__}")
@@ -77,7 +77,10 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        """Cosines, then sines, of t at frequencies from 1 down to almost 1 / period."""
+        """(B, width) cosines, then sines, of t.
+
+        Frequencies go from 1 down to almost 1 / period.
+        """
         half = _FREQUENCIES // 2
         frequency_F = torch.exp(-math.log(_PERIOD) / half * torch.arange(half, device=t_B.device))
         angle_BF = t_B.float()[:, None] * frequency_F
@@ -89,9 +92,10 @@ def _modulation(width: int, parts: int) -> nn.Sequential:
 
 
 class StepAwareModel(nn.Module):
-    """transformers' CLIP with a time; its state dict is named as the released one.
+    """transformers' CLIP with a time.
 
-    `prompt_ids` and `pixels` prepare the inputs of `forward`; `score` does it all.
+    Its state dict is named as the released one. `prompt_ids` and `pixels` prepare the inputs of `forward`; `score`
+    does it all.
     """
 
     def __init__(self, config: CLIPConfig, tokenizer: PreTrainedTokenizerBase | None = None):
@@ -133,7 +137,7 @@ class StepAwareModel(nn.Module):
         return self.model.visual_projection(vision.post_layernorm(x[:, 0]) * (1 + scale) + shift)
 
     def text_embeddings(self, ids_BL: Tensor) -> Tensor:
-        """(B, D) of tokenized prompts."""
+        """(B, D) embeddings of tokenized prompts."""
         return self.model.text_projection(self.model.text_model(input_ids=ids_BL).pooler_output)
 
     def forward(self, pixels_B3HW: Tensor, ids_BL: Tensor, t_B: Tensor) -> Tensor:
@@ -142,7 +146,10 @@ class StepAwareModel(nn.Module):
         return self.model.logit_scale.exp() * cosine_similarity(image, text, dim=1)
 
     def pixels(self, images_B3HW: Tensor) -> Tensor:
-        """Images in [0, 1] as the vision tower takes them: shorter side resized (bicubic), centre crop, normalised."""
+        """Prepare images in [0, 1] for the vision tower.
+
+        The shorter side is resized (bicubic); a centre crop is normalised.
+        """
         side = self.config.vision_config.image_size
         height, width = images_B3HW.shape[2:]
         size = [round(length * side / min(height, width)) for length in (height, width)]
@@ -165,7 +172,10 @@ class StepAwareModel(nn.Module):
     def score(
         self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], t_B: Tensor
     ) -> Tensor:
-        """(B,) scores, fp32 on CPU, of images in [0, 1] that are estimates of x0 at the network's time t."""
+        """(B,) scores, fp32 on CPU, of images in [0, 1].
+
+        The images are estimates of x0 at the network's time t.
+        """
         t_B = t_B.to(self._device)
         return self(self.pixels(images_B3HW), self.prompt_ids(prompts), t_B).float().cpu()
 
@@ -184,9 +194,10 @@ class StepAwareModel(nn.Module):
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> StepAwareModel:
-    """A model that we saved (a folder), or released weights as one .safetensors file; frozen.
+    """A frozen model from our folder, or from released weights.
 
-    Raises ValueError for what is missing, damaged, a pickle or not of this layout.
+    Released weights are one .safetensors file. Raises ValueError for a source that is missing, damaged, a pickle or
+    not of this layout.
     """
     path = Path(path)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
@@ -201,9 +212,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> StepAwareModel
     else:
         raise ValueError(f"no step-aware preference model at {path}: neither a folder nor a .safetensors file")
     try:
-        with torch.device("meta"):  # no memory is taken for what the weights do not hold
+        with torch.device("meta"):  # no memory is taken for weights that the file does not hold
             expected = StepAwareModel(config).state_dict()
-    except Exception as error:  # transformers raises whatever a config makes it
+    except Exception as error:  # transformers may raise anything for a config
         raise ValueError(f"{path}: {CONFIG} describes no model: {' '.join(str(error).split())[:240]}") from error
     found = _weights(file, expected)
     model = StepAwareModel(config)
@@ -213,13 +224,14 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> StepAwareModel
 
 
 def from_clip(name: str) -> StepAwareModel:
-    """A model that starts as a CLIP of the hub, such as yuvalkirstain/PickScore_v1, with the tokenizer of `CLIP_H`.
+    """A model that starts as a CLIP of the hub.
 
-    Raises ValueError if it cannot be read, or is a pickle.
+    An example is yuvalkirstain/PickScore_v1. The tokenizer is that of `CLIP_H`. Raises ValueError if the CLIP cannot
+    be read, or is a pickle.
     """
     try:
         clip = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-    except Exception as error:  # the hub and transformers raise whatever they meet
+    except Exception as error:  # the hub and transformers may raise anything
         raise ValueError(f"cannot read the CLIP {name!r}: {' '.join(str(error).split())[:240]}") from error
     model = StepAwareModel(clip.config, _tokenizer(name if Path(name).is_dir() else CLIP_H))
     model.model.load_state_dict(clip.state_dict(), strict=False)
@@ -234,7 +246,7 @@ def _config(file: Path) -> CLIPConfig:
         if max(layers) > _MOST_LAYERS:
             raise ValueError(f"{max(layers)} layers")
         return config
-    except Exception as error:  # transformers raises whatever a config makes it
+    except Exception as error:  # transformers may raise anything for a config
         raise ValueError(f"cannot read {file}: {' '.join(str(error).split())[:240]}") from error
 
 

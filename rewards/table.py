@@ -1,4 +1,7 @@
-"""The table of rewards: a line each, which costs nothing to read."""
+"""The table of rewards: a line for each.
+
+It costs nothing to read.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,14 @@ class RewardSpec:
 
     factory: str  # "module:function", called as (device, source)
     summary: str  # one line
-    range: str  # of the raw score; "about" where it is typical rather than a bound
-    model: str  # what computes it
+    range: str  # of the raw score; "about" marks typical values, not bounds
+    model: str  # model that computes it
     needs: str = "-"  # downloads, servers
-    source: str = ""  # what NAME=SOURCE may give instead of the model; empty: it takes none
-    modules: tuple[str, ...] = ()  # imported by the factory, beyond the project's own dependencies
-    extra: str = ""  # the optional dependency that brings them, of pyproject.toml
-    waits: bool = False  # mostly for a server: called while sampling goes on, maybe by two threads (background.py)
+    source: str = ""  # SOURCE that NAME=SOURCE may give instead of the model; empty: it takes none
+    modules: tuple[str, ...] = ()  # modules that the factory imports, beyond the project's own dependencies
+    extra: str = ""  # extra of pyproject.toml that brings them
+    # mostly waits for a server: called while sampling goes on, maybe by two threads (background.py)
+    waits: bool = False
 
     def missing(self) -> list[str]:
         """Modules that are not installed."""
@@ -92,7 +96,10 @@ REWARDS: dict[str, RewardSpec] = {
 
 
 def lookup(name: str) -> RewardSpec:
-    """The table's line for NAME or NAME=SOURCE. Raises ValueError, with the nearest name, for one that it lacks."""
+    """The table's line for NAME or NAME=SOURCE.
+
+    Raises ValueError, with the nearest name, for one that it lacks.
+    """
     name, _, source = str(name).partition("=")
     if name not in REWARDS:
         nearest = difflib.get_close_matches(name, REWARDS, n=1)
@@ -104,7 +111,10 @@ def lookup(name: str) -> RewardSpec:
 
 
 def places(names: Sequence[str]) -> dict[str, str]:
-    """Where the models of rewards are, by reward: their source, or the hub id of their own; none of servers."""
+    """Places of the models of rewards, by reward.
+
+    A place is the given source, or the hub id of the reward's own model. Rewards behind servers have none.
+    """
     pairs = {str(name).partition("=")[0]: str(name).partition("=")[2] for name in names}
     found = {name: source or lookup(name).model for name, source in pairs.items() if not lookup(name).waits}
     return {name: place for name, place in found.items() if pairs[name] or "/" in place}

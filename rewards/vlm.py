@@ -1,13 +1,15 @@
-"""Scores by a vision language model behind any server that speaks OpenAI's protocol (vLLM, sglang, llama.cpp).
+"""Scores by a vision language model behind a server of OpenAI's protocol.
+
+Such servers are vLLM, sglang and llama.cpp.
 
     unifiedreward=http://HOST:PORT/v1   how well the image follows its prompt, and how good it looks; x / 5
     qwenvl=http://HOST:PORT/v1          how good it looks, whatever the prompt; n / 5, whole numbers
+    http://HOST:PORT/v1#MODEL           names another model
 
-Models, scales and answer forms are Flow-GRPO's (flow_grpo/rewards.py), the wording is ours: scores are not comparable
-with published ones. The model sees a PNG, for unifiedreward of 512 x 512 as there, and answers at temperature 0;
-servers that batch requests may still round differently from one time to the next. An answer without a score counts 0,
-as in Flow-GRPO; how many they were is `VLM.unread`, and the first is shown. http://HOST:PORT/v1#MODEL names another
-model.
+Models, scales and answer forms are Flow-GRPO's (flow_grpo/rewards.py). The wording is ours, so scores are not
+comparable with published ones. The model sees a PNG, for unifiedreward of 512 x 512 as there, and answers at
+temperature 0. Servers that batch requests may still round differently from one time to the next. An answer without a
+score counts 0, as in Flow-GRPO. `VLM.unread` counts these answers, and the first one is shown.
 """
 
 from __future__ import annotations
@@ -56,14 +58,14 @@ Give your reasons in at most three sentences, and end with the whole number that
 
 @dataclass(frozen=True)
 class Rubric:
-    """How a model is asked, and how its answer is read."""
+    """A question for a model, and the reading of its answer."""
 
-    name: str  # of the reward
-    model: str  # asked for where the source names none
+    name: str  # name of the reward
+    model: str  # model that is asked for where the source names none
     question: str  # may hold {prompt}
     answer: re.Pattern[str]  # its first group is the score; the last match counts
     best: float  # the score of the best image, which counts 1
-    side: int | None  # images are resized to such squares; None: sent as they are
+    side: int | None  # side of the squares to which images are resized; None: sent as they are
 
 
 UNIFIED = Rubric(
@@ -85,14 +87,17 @@ QWEN = Rubric(
 
 
 def read_score(rubric: Rubric, text: str) -> float | None:
-    """The last score in an answer, as a share of the best; None if there is none, or it is off the scale."""
+    """The last score in an answer, as a share of the best.
+
+    It is None if there is no score, or one that is off the scale.
+    """
     found = rubric.answer.findall(text)
     score = float(found[-1]) / rubric.best if found else None
     return score if score is not None and score <= 1 else None
 
 
 class VLM:
-    """A reward: one question an image, a few at a time."""
+    """A reward that asks one question an image."""
 
     def __init__(self, rubric: Rubric, server: Server, model: str):
         self.rubric, self.server, self.model = rubric, server, model

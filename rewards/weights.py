@@ -1,7 +1,7 @@
-"""What rewards that are models share: where their files are, how these are read, their precision and their batches.
+"""Files, precision and batches of rewards that are models.
 
 Files come from NAME=SOURCE, else from the hub, whose client keeps what it has downloaded. Weights are safetensors, or
-published .pt and .pth files read as tensors and nothing else (`weights_only`).
+published .pt and .pth files, of which only tensors are read (`weights_only`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rewards import Reward
 
-BATCH = 32  # images to a forward pass
+BATCH = 32  # images of a forward pass
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # a folder with one of these has a tokenizer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -29,14 +29,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the files of a reward are: a file, a folder or a hub id."""
+    """Place of a reward's files: file, folder or hub id."""
 
     reward: str
     place: str
 
     @classmethod
     def of(cls, reward: str, source: str | None, published: str) -> Origin:
-        """SOURCE of NAME=SOURCE, if given, else the published hub id."""
+        """Make it of SOURCE, or else of the published hub id."""
         return cls(reward, os.path.expanduser(source) if source else published)
 
     @property
@@ -46,14 +46,15 @@ class Origin:
         return path if path.is_dir() else path.parent if path.is_file() else None
 
     def find(self, *names: str) -> Path:
-        """The file itself, the first of these names in the folder, or the first name in the hub's repository.
+        """Find a file: the place itself, or by name.
 
-        Raises ValueError if it is not there.
+        In a folder it is the first of these names that exists. In the hub's repository it is the first name. Raises
+        ValueError if it is not there.
         """
         if self.folder is None:
             try:
                 return Path(hf_hub_download(self.place, names[0]))
-            except Exception as error:  # the hub's client raises whatever it meets
+            except Exception as error:  # the hub's client may raise anything
                 raise self.absent(names[0], self.place, names[:1], error) from error
         if Path(self.place).is_file():
             return Path(self.place)
@@ -63,18 +64,24 @@ class Origin:
         return found[0]
 
     def tensors(self, file: Path) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU; those under "state_dict" where a checkpoint has it. Raises ValueError."""
+        """Tensors of a file by name, on the CPU.
+
+        They are those under "state_dict" where a checkpoint has it. Raises ValueError for a file that cannot be read.
+        """
         try:
             if file.suffix == ".safetensors":
                 return load_file(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
             content = content.get("state_dict", content)
             return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-        except Exception as error:  # torch and safetensors raise whatever they meet
+        except Exception as error:  # torch and safetensors may raise anything
             raise self.unreadable(str(file), error) from error
 
     def tokenizer(self, kind: type[PreTrainedTokenizerBase], published: str) -> PreTrainedTokenizerBase:
-        """The folder's own tokenizer, or a hub id's where it has none. Raises ValueError if that is not there."""
+        """The folder's own tokenizer, or else that of a hub id.
+
+        Raises ValueError if that is not there.
+        """
         own = self.folder is not None and any((self.folder / name).is_file() for name in VOCABULARIES)
         try:
             found = kind.from_pretrained(str(self.folder) if own else published)
@@ -85,7 +92,10 @@ class Origin:
             raise self.absent("tokenizer", published, tuple(kind.vocab_files_names.values()), error) from error
 
     def absent(self, what: str, hub_id: str, files: Sequence[str], error: Exception) -> ValueError:
-        """That the reward lacks something of the hub's, with what to do."""
+        """The error for something missing on the hub.
+
+        It says how to get it.
+        """
         command = " ".join(("hf download", hub_id, *files))
         return ValueError(
             f"reward {self.reward!r} has no {what} of {hub_id!r} here: `{command}` where there is a network, "
@@ -93,7 +103,7 @@ class Origin:
         )
 
     def unreadable(self, what: str, error: Exception) -> ValueError:
-        """That a file is damaged, or not what its name says."""
+        """The error for a damaged or mislabelled file."""
         return ValueError(f"reward {self.reward!r} cannot read {what}: {_reason(error)}")
 
 
@@ -105,9 +115,9 @@ def _reason(error: Exception) -> str:
 def assemble(
     kind: type[Model], config: PretrainedConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, **options: Any
 ) -> Model:
-    """A frozen transformers model with these tensors; options are the constructor's.
+    """A frozen transformers model with these tensors.
 
-    Raises ValueError for names and shapes that are not the model's.
+    options: those of the constructor. Raises ValueError for names and shapes that are not the model's.
     """
     with torch.device("meta"):
         expected = kind(config, **options).state_dict()
@@ -118,13 +128,13 @@ def assemble(
 
 
 def pretrained(kind: type[Model], what: str, origin: Origin, device: torch.device | str, dtype: torch.dtype) -> Model:
-    """A frozen transformers model from a folder or the hub, called `what` in errors.
+    """A frozen transformers model from a folder or the hub.
 
-    Raises ValueError if it is not there, or is none of that kind in safetensors.
+    what: its name in errors. Raises ValueError if it is not there, or is none of that kind in safetensors.
     """
     try:
         model, found = kind.from_pretrained(origin.place, use_safetensors=True, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # the hub and transformers raise whatever they meet
+    except Exception as error:  # the hub and transformers may raise anything
         if origin.folder is None:
             raise origin.absent(what, origin.place, (), error) from error
         raise origin.unreadable(f"the {what} in {origin.place}", error) from error
@@ -134,14 +144,17 @@ def pretrained(kind: type[Model], what: str, origin: Origin, device: torch.devic
 
 
 def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    """A tensor's name after all (pattern, replacement) in turn."""
+    """A tensor's name after all replacements (pattern, replacement) in turn."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The first difference in names or shapes, as a sentence about `found`; empty if there is none."""
+    """The first difference in names or shapes, as a sentence about `found`.
+
+    It is empty if there is none.
+    """
     for names, word in ((expected.keys() - found.keys(), "lacks"), (found.keys() - expected.keys(), "also holds")):
         if names:
             return f"it {word} {len(names)} tensors, first {min(names)}"
@@ -152,12 +165,15 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
 
 
 def half_on_gpu(device: torch.device | str) -> torch.dtype:
-    """fp16, but fp32 on the CPU."""
+    """The dtype fp16, but fp32 on the CPU."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.float16
 
 
 def batched(score: Callable[[Tensor, Sequence[str]], Tensor]) -> Reward:
-    """A reward from a function that scores images for prompts, called with at most `BATCH` of them."""
+    """A reward from a function of images and prompts.
+
+    The function is called with at most `BATCH` of them.
+    """
 
     @torch.no_grad()
     def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:

@@ -1,8 +1,9 @@
-"""Detector for the tinyworld: connected blobs of a palette colour, named by the shape that they overlap best.
+"""Detector for the world of shapes: connected blobs of a palette colour.
 
-Plain image processing without weights, so that a composition reward costs about a millisecond an image and needs no
-download. It plays the part that Mask2Former plays in GenEval (arXiv 2310.11513): image -> [(class, colour, box)].
-The palette and the shapes are defined here, and `rlg.tinyworld.scenes` draws with them.
+A blob is named by the shape that it overlaps best. This is plain image processing without weights, so a composition
+reward costs about a millisecond an image and needs no download. It plays the part that Mask2Former plays in GenEval
+(arXiv 2310.11513): image -> [(class, colour, box)]. The palette and the shapes are defined here, and
+`rlg.tinyworld.scenes` draws with them.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ SIGN = "sign"
 SIGN_FRAME = (4 / 60, 4 / 38)  # thickness of the frame, as a fraction of the sign's width and height
 CROSS_ARM = 0.4  # width of a cross's arm, as a fraction of its extent
 
-_REFERENCES = np.array([*PALETTE.values(), (1.0, 1.0, 1.0), (0.1, 0.1, 0.1)], dtype=np.float32)  # and paper, ink
+# the palette, then paper and ink
+_REFERENCES = np.array([*PALETTE.values(), (1.0, 1.0, 1.0), (0.1, 0.1, 0.1)], dtype=np.float32)
 _MAX_COLOUR_DISTANCE = 0.42  # Euclidean, RGB in [0,1]: a third of the way to white still counts
 _MIN_AREA = 48  # pixels, of 64 * 64: smaller blobs are specks, not objects
-_MIN_IOU = 0.70  # with the best shape's template: blobs below it are no recognisable object
+_MIN_IOU = 0.70  # IoU with the best shape's template: blobs below it are no recognisable object
 _MAX_ASPECT = 1.5  # of a shape's box; signs are wide by design
 
 
 def shape_mask(name: str, height: int, width: int) -> np.ndarray:
-    """Boolean (height, width) mask of a shape that fills its box; pixel centres are sampled."""
+    """Boolean (height, width) mask of a shape that fills its box.
+
+    Pixel centres are sampled.
+    """
     y, x = np.mgrid[0:height, 0:width]
     u, v = (x + 0.5) / width, (y + 0.5) / height  # in (0, 1), v downwards
     if name == "circle":
@@ -66,7 +71,10 @@ def _classify(mask: np.ndarray) -> tuple[str, float]:
 
 
 def detect(image_3HW: Tensor) -> list[Detection]:
-    """Objects in one image, float RGB in [0, 1], largest first; their score is the IoU with the shape's template."""
+    """Objects in one image, float RGB in [0, 1], largest first.
+
+    The score of an object is its IoU with the shape's template.
+    """
     if image_3HW.numel() == 0:
         return []
     nearest_HW = _nearest_colour(image_3HW.detach().float().cpu().numpy())
@@ -74,9 +82,9 @@ def detect(image_3HW: Tensor) -> list[Detection]:
     for index, colour in enumerate(PALETTE):
         labels_HW, _ = ndimage.label(nearest_HW == index)
         areas = np.bincount(labels_HW.ravel())
-        areas[0] = 0  # label 0 is all that is not of this colour
+        areas[0] = 0  # label 0 is everything that is not of this colour
         if areas.max() < _MIN_AREA:
-            continue  # nothing but specks, of which noise makes hundreds
+            continue  # noise makes hundreds of such specks
         boxes = ndimage.find_objects(labels_HW)
         for label in np.flatnonzero(areas >= _MIN_AREA):
             rows, cols = boxes[label - 1]
@@ -88,7 +96,10 @@ def detect(image_3HW: Tensor) -> list[Detection]:
 
 
 def _nearest_colour(image_3HW: np.ndarray) -> np.ndarray:
-    """(H, W) index into PALETTE of each pixel's colour, or an index past its end: paper, ink, or no known colour."""
+    """(H, W) index into PALETTE of each pixel's colour.
+
+    An index past the end of PALETTE is paper, ink, or no known colour.
+    """
     pixels_3N = image_3HW.reshape(3, -1)
     squares_RN = (_REFERENCES**2).sum(axis=1)[:, None] - 2 * (_REFERENCES @ pixels_3N) + (pixels_3N**2).sum(axis=0)
     nearest_N = squares_RN.argmin(axis=0)

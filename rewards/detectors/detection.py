@@ -1,4 +1,4 @@
-"""Detection record: an object that a detector found."""
+"""Record of an object that a detector found."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Mask2Former as an instance detector: image -> objects with class, confidence, box and mask (arXiv 2112.01527).
+"""Mask2Former as an instance detector (arXiv 2112.01527).
 
-transformers' Mask2FormerForUniversalSegmentation with published weights, and detectron2's steps around it, which are
+It finds objects with class, confidence, box and mask in an image. The network is transformers'
+Mask2FormerForUniversalSegmentation with published weights. The steps around it are detectron2's, which are
 mmdetection's, too (Mask2Former's maskformer_model.py; mmdet's maskformer_fusion_head.py):
 
     before   shorter side to 800 by PIL's bilinear, longer side to 1333 at most, ImageNet's mean and std, zeros below
@@ -26,10 +27,10 @@ from rewards.preprocessing import bounded
 from rewards.weights import Origin, pretrained
 
 COCO_INSTANCE = "facebook/mask2former-swin-small-coco-instance"
-SHORTER, LONGER = 800, 1333  # pixels, of the sides of the network's input
-BATCH = 8  # images to a forward pass
-_STRIDE = 32  # of the coarsest feature map, in pixels
-_MAX_INSTANCES = 100  # an image, before the threshold
+SHORTER, LONGER = 800, 1333  # pixels, sides of the network's input
+BATCH = 8  # images of a forward pass
+_STRIDE = 32  # pixels, of the coarsest feature map
+_MAX_INSTANCES = 100  # most instances of an image, before the threshold
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,16 @@ class Instance:
 
 @dataclass(frozen=True)
 class Mask2Former:
-    """A network with its classes counted, called as a detector."""
+    """The network as a detector, with a checked number of classes."""
 
     model: Mask2FormerForUniversalSegmentation
 
     @classmethod
     def load(cls, origin: Origin, device: torch.device | str, classes: int) -> Mask2Former:
-        """In fp32, from a folder or the hub. Raises ValueError if it is missing or knows another number of classes."""
+        """Load in fp32, from a folder or the hub.
+
+        Raises ValueError if it is missing or knows another number of classes.
+        """
         model = pretrained(Mask2FormerForUniversalSegmentation, "Mask2Former", origin, device, torch.float32)
         if model.config.num_labels != classes:
             known = f"{model.config.num_labels} classes, not {classes}"
@@ -58,7 +62,10 @@ class Mask2Former:
         return cls(model)
 
     def __call__(self, images_B3HW: Tensor, thresholds: Sequence[float]) -> list[list[Instance]]:
-        """For each image in [0, 1] the objects of a confidence above its threshold, best first."""
+        """Objects of each image above its threshold of confidence, best first.
+
+        Images are in [0, 1].
+        """
         found: list[list[Instance]] = []
         for start in range(0, len(images_B3HW), BATCH):
             found += self._batch(images_B3HW[start : start + BATCH], thresholds[start : start + BATCH])
@@ -104,6 +111,9 @@ def _enlarged(masks_Nhw: Tensor, resized: tuple[int, int], size: tuple[int, int]
 
 
 def bounds(mask_HW: Tensor) -> Box:
-    """The box around a mask that is not empty: its last row and column are inside."""
+    """The box around a mask that is not empty.
+
+    Its last row and column are inside.
+    """
     rows, columns = mask_HW.any(dim=1).nonzero(), mask_HW.any(dim=0).nonzero()
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)

@@ -1,4 +1,7 @@
-"""The HTTP side of `python -m rewards.serve`: an app with /score and /health. The protocol is in docs/remote.md."""
+"""The HTTP app of `python -m rewards.serve`, with /score and /health.
+
+The protocol is in docs/remote.md.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,21 @@ from rewards.server.callers import SameSite
 from rewards.server.wire import as_floats, from_pngs
 from rlg import __version__
 
-MAX_PIXELS = 2048 * 2048  # of one image: larger than any model here makes
-PIXELS_A_CALL = 16 * 1024 * 1024  # that a reward sees at once, and that are floats at a time: 200 MB
+MAX_PIXELS = 2048 * 2048  # pixels of one image: more than any model here makes
+PIXELS_A_CALL = 16 * 1024 * 1024  # pixels that a reward sees at once, and that are floats at a time: 200 MB
 BODY_SECONDS, STALL_SECONDS = 120.0, 20.0  # for a whole body, and between two parts of it
 _LOG = logging.getLogger("uvicorn.error")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold."""
+    """Limits of one request."""
 
-    megabytes: float = 128.0  # of its body
+    megabytes: float = 128.0  # size of its body
     images: int = 64
-    pixels: int = MAX_PIXELS  # of each image
-    all_pixels: int = 16 * MAX_PIXELS  # of all of them: 200 MB, at 3 bytes each
-    waiting: float = 4.0  # requests of the largest size that are held at a time, all together
+    pixels: int = MAX_PIXELS  # pixels of each image
+    all_pixels: int = 16 * MAX_PIXELS  # pixels of all images: 200 MB, at 3 bytes each
+    waiting: float = 4.0  # most requests in memory at a time, in units of the largest one
 
 
 class ScoreRequest(BaseModel):
@@ -51,10 +54,10 @@ class ScoreRequest(BaseModel):
 
 
 def create(mix: RewardMix, token: str | None = None, limits: Limits | None = None, local: bool = True) -> Any:
-    """The app that serves a mix, one request at a time; with a token, to those alone who send it.
+    """The app that serves a mix, one request at a time.
 
-    local: it listens on loopback alone; see `rewards.server.callers.SameSite`. Requests of clients that have gone by
-    the time that it is their turn are not scored.
+    With a token it serves those alone who send it. local: it listens on loopback alone; see
+    `rewards.server.callers.SameSite`. A request is not scored if its client has gone before its turn.
     """
     app = FastAPI(title="rewards", docs_url=None, redoc_url=None, openapi_url=None)
     bounds, turn = limits or Limits(), asyncio.Lock()
@@ -78,14 +81,17 @@ def create(mix: RewardMix, token: str | None = None, limits: Limits | None = Non
 
 
 class _Held:
-    """Counts the bytes of all bodies that are in memory."""
+    """Counter of the bytes of all bodies in memory."""
 
     def __init__(self, limit: int):
         self.limit, self.total = limit, 0
 
     @contextmanager
     def part(self) -> Iterator[Callable[[int], None]]:
-        """Within, one request's bytes are counted by what it yields; 503 where the sum is over the limit."""
+        """Yield a function that counts one request's bytes, for the block.
+
+        It answers 503 where the sum is over the limit.
+        """
         mine = 0
 
         def add(count: int) -> None:
@@ -102,7 +108,10 @@ class _Held:
 
 
 def _authorise(request: Request, token: str | None) -> None:
-    """Refuse who has no token, and what a page can send without asking first (text/plain, forms)."""
+    """Refuse callers without the token, and forms of web pages.
+
+    A page can send text/plain and forms without asking the server first.
+    """
     sent = request.headers.get("authorization", "")
     if token is not None and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
         raise HTTPException(401, "the bearer token is missing or wrong", {"WWW-Authenticate": "Bearer"})
@@ -112,7 +121,10 @@ def _authorise(request: Request, token: str | None) -> None:
 
 
 async def _read(request: Request, limit: int, count: Callable[[int], None]) -> bytes:
-    """The body, of which no more than `limit` bytes are ever held, nor waited for without end."""
+    """Read the body.
+
+    It holds at most `limit` bytes, and waits for a limited time.
+    """
     refusal = HTTPException(413, f"the request is over the limit of {limit / 1e6:g} MB (--max_mb)")
     if int(request.headers.get("content-length", 0)) > limit:
         raise refusal
@@ -134,8 +146,8 @@ async def _read(request: Request, limit: int, count: Callable[[int], None]) -> b
 async def _next_part(chunks: AsyncIterator[bytes]) -> bytes | None:
     """The next part of a body, None after the last.
 
-    Not `asyncio.wait_for`: before Python 3.12 it drops a cancellation, here that of the whole body's limit, which
-    comes together with a part.
+    It does not use `asyncio.wait_for`. Before Python 3.12 this function drops a cancellation that comes together with
+    a part, here that of the whole body's limit.
     """
     async with asyncio.timeout(STALL_SECONDS):
         return await anext(chunks, None)
@@ -156,13 +168,17 @@ def _score(mix: RewardMix, body: bytes, limits: Limits) -> dict[str, Any]:
         scores = _in_parts(mix, images, request)
     except RewardError as error:
         _LOG.warning("%s", error)
-        fault = 400 if isinstance(error.__cause__, ValueError) else 500  # by contract: unfit metadata
+        # a ValueError means unfit metadata, by contract
+        fault = 400 if isinstance(error.__cause__, ValueError) else 500
         raise HTTPException(fault, str(error)) from None
     return {"total": scores.total_B.tolist(), "parts": {name: part.tolist() for name, part in scores.parts.items()}}
 
 
 def _in_parts(mix: RewardMix, images_B3HW: Tensor, request: ScoreRequest) -> RewardScores:
-    """The mix's scores of images in bytes, few enough of which are floats at a time."""
+    """The mix's scores of images in bytes.
+
+    Only a part of the images is in floats at a time.
+    """
     size = max(1, PIXELS_A_CALL // (images_B3HW.shape[2] * images_B3HW.shape[3]))
     starts = range(0, max(1, len(images_B3HW)), size)
     parts = [slice(start, start + size) for start in starts]

@@ -1,8 +1,8 @@
 """Callers that a server of this machine turns away.
 
-A browser lets any page send requests to 127.0.0.1, and a page whose name it resolves anew (DNS rebinding) even read
-the answers. It says in `Origin` whose page it is, and in `Host` by which name it came. Sockets that say nothing, or
-too little for too long, are closed.
+A browser lets any page send requests to 127.0.0.1. A page whose name it resolves anew (DNS rebinding) can even read
+the answers. The browser names the page in `Origin`, and the name by which it came in `Host`. Sockets that say nothing,
+or too little for too long, are closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rewards.server.wire import is_loopback
 
-HEAD_SECONDS = 10.0  # from a connection, or the first byte of a further request, to the end of its headers
+HEAD_SECONDS = 10.0  # seconds from a connection, or the first byte of a further request, to the end of its headers
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -25,7 +25,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 def host_of(text: str) -> str:
-    """The host of HOST, HOST:PORT or [ADDRESS]:PORT; empty for what is none."""
+    """The host of HOST, HOST:PORT or [ADDRESS]:PORT, else an empty text."""
     try:
         return urlsplit(f"//{text}").hostname or ""
     except ValueError:
@@ -35,15 +35,15 @@ def host_of(text: str) -> str:
 class SameSite:
     """An ASGI app that refuses pages of other sites.
 
-    They get 403 for another `Origin` than the own. local: the app is for this machine alone, so `Host` must be one of
-    its names, whoever the browser takes us for.
+    They get 403 for an `Origin` other than the app's own. local: the app is for this machine alone, so `Host` must be
+    one of its names.
     """
 
     def __init__(self, app: Any, local: bool):
         self.app, self.local = app, local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or one socket."""
+        """Answer one request, or one socket."""
         fault = None
         if scope["type"] in ("http", "websocket"):
             headers = {name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]}
@@ -68,7 +68,7 @@ class SameSite:
 class ImpatientProtocol(H11Protocol):
     """uvicorn's protocol, with a limit of time for headers.
 
-    uvicorn itself only looks at the time between two requests.
+    uvicorn itself only limits the time between two requests.
     """
 
     _waiting: asyncio.TimerHandle | None = None

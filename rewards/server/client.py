@@ -1,7 +1,8 @@
-"""The client of every reward behind HTTP: a token outside of URLs, bounded retries, errors that name the server.
+"""The client of every reward behind HTTP.
 
-Retried, with exponential backoff: connections that fail, break or time out, and the answers 408, 429 and 5xx. Any
-other answer but a success would be the same the next time.
+It keeps the token out of URLs, bounds its retries, and names the server in errors. It tries again, with exponential
+backoff, after connections that fail, break or time out, and after the answers 408, 429 and 5xx. Any other answer but a
+success would be the same the next time.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from rewards.server import wire
 TRIES = 6
 BACKOFF = 1.0  # seconds before the second try, doubled before each later one: 31 s in all
 CONNECT_SECONDS = 10.0
-ANSWER_SECONDS = 300.0  # for the whole of an answer: a large batch on a busy server
+ANSWER_SECONDS = 300.0  # seconds for a whole answer: that of a large batch on a busy server
 MAX_ANSWER = 16 * 10**6  # bytes: a few numbers and sentences an image
 
 
 class BadRequestError(ValueError):
-    """The server refuses these images, prompts or metadata; another batch may be fine."""
+    """Refusal of these images, prompts or metadata by the server.
+
+    Another batch may be fine.
+    """
 
 
 class Server:
-    """A server that speaks JSON, at one URL; any number of threads may use it at a time.
+    """A server that speaks JSON, at one URL.
 
-    The bearer token, if there is one, comes from the environment variable RLG_REWARD_TOKEN. Raises ValueError for a
-    URL that is not of the form http(s)://HOST[:PORT][/PATH], or a token that no header can hold.
+    Any number of threads may use it at a time. The bearer token, if there is one, comes from the environment variable
+    RLG_REWARD_TOKEN. Raises ValueError for a URL that is not of the form http(s)://HOST[:PORT][/PATH], or a token that
+    no header can hold.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class Server:
         self.url, self._sleep = str(parts).rstrip("/"), sleep
         token = os.environ.get(wire.TOKEN)
         headers = {"Authorization": f"Bearer {wire.check_token(token, wire.TOKEN)}"} if token else {}
-        # A proxy of the environment is for the world outside; redirects are not followed, and take the token nowhere.
+        # A proxy of the environment is for the world outside. Redirects are not followed: the token goes nowhere else.
         outside = not wire.is_loopback(parts.host)
         self._options: dict[str, Any] = {"headers": headers, "transport": transport, "trust_env": outside}
 
@@ -63,7 +68,7 @@ class Server:
         return self._request("POST", path, body)
 
     def error(self, what: str) -> ServerError:
-        """An error that names the server."""
+        """The error that names the server."""
         return ServerError(f"{self.url} {what}")
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
@@ -82,19 +87,26 @@ class Server:
         raise self.error(f"{failure}; gave up after {TRIES} tries")
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """One try, in a thread with an event loop of its own: the caller's thread may have one that runs already."""
+        """Make one try, in a thread with its own event loop.
+
+        The caller's thread may have one that runs already.
+        """
         with DaemonExecutor(1) as thread:
             return thread.submit(asyncio.run, self._within_the_limit(method, path, body)).result()
 
     async def _within_the_limit(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):  # httpx limits a read; an answer that drips has many
+            # httpx limits each read; an answer may come in many small ones
+            async with asyncio.timeout(ANSWER_SECONDS):
                 return await self._answer(method, path, body)
         except TimeoutError:
             raise httpx.ReadTimeout(f"no whole answer in {ANSWER_SECONDS:g} s") from None
 
     async def _answer(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
-        """The answer, of which no more than MAX_ANSWER bytes are ever held, however it was compressed."""
+        """Read the answer.
+
+        It holds at most MAX_ANSWER bytes, however the answer was compressed.
+        """
         timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
         async with (
             httpx.AsyncClient(timeout=timeout, **self._options) as client,
@@ -126,7 +138,7 @@ def _checked(url: str) -> httpx.URL:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
         parts = httpx.URL("")
-    if parts.userinfo:  # not shown: it may hold a password
+    if parts.userinfo:  # the URL is not shown, because it may hold a password
         raise ValueError(f"{form}, without a user; put a token into {wire.TOKEN}")
     if parts.scheme not in ("http", "https") or not parts.host or parts.query or parts.fragment:
         raise ValueError(f"{form}, got {url!r}")
@@ -134,7 +146,10 @@ def _checked(url: str) -> httpx.URL:
 
 
 def _said(answer: httpx.Response) -> str:
-    """The message in an answer, on one line: of rewards.serve and FastAPI, of OpenAI's form, or its text."""
+    """The message in an answer, on one line.
+
+    It is in the form of rewards.serve and FastAPI, or in OpenAI's, or plain text.
+    """
     try:
         body = answer.json()
         str(body)

@@ -1,4 +1,4 @@
-"""What a reward and its server must agree on: images as base64 PNGs, and the bearer token.
+"""The wire format of rewards: images as base64 PNGs, and the token.
 
 A PNG holds 8 bits a channel: images are rounded to the nearest of 256 levels, as every reward that was trained on
 files presumes. An image that is already rounded so arrives bit for bit. No pickle is ever written or read.
@@ -21,18 +21,22 @@ from rlg.io.pixels import to_pil
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKEN = "RLG_REWARD_TOKEN"  # the environment variable that holds the bearer token, on both sides
+TOKEN = "RLG_REWARD_TOKEN"  # environment variable of the bearer token, on both sides
 _PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"  # PNG specification, sections 5.2 and 11.2.2 (ISO/IEC 15948)
 _RGB8 = b"\x08\x02"  # bit depth, colour type
 
 
 def to_png(image_3HW: Tensor, side: int | None = None) -> str:
-    """An image in [0, 1] as a base64 PNG; with `side`, resized to a square of as many pixels (bicubic)."""
+    """An image in [0, 1] as a base64 PNG.
+
+    side: resize it (bicubic) to a square of as many pixels.
+    """
     image = to_pil(image_3HW)
     if side is not None and image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)  # the network is fast, and sampling needs the CPU
+    # fast, because sampling needs the CPU more than the network needs small files
+    image.save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -64,7 +68,7 @@ def as_floats(images_B3HW: Tensor) -> Tensor:
 
 
 def _checked(text: str, place: str, max_pixels: int) -> tuple[bytes, tuple[int, int]]:
-    """(a PNG's bytes, its width and height by its header)."""
+    """(bytes, width and height by the header) of a PNG."""
     try:
         data = base64.b64decode(text, validate=True)
         start, size, kind = data[:16], struct.unpack(">II", data[16:24]), data[24:26]
@@ -94,7 +98,10 @@ def _size(size: Sequence[int]) -> str:
 
 
 def check_token(text: str, origin: str) -> str:
-    """The token without surrounding blanks. Raises ValueError, naming its origin and not its value, if it is unfit."""
+    """The token without surrounding blanks.
+
+    Raises ValueError if it is unfit; the message names its origin and not its value.
+    """
     token = text.strip()
     if not token or not all("!" <= character <= "~" for character in token):
         raise ValueError(f"the token in {origin} must be printable ASCII without blanks, and not empty")
@@ -102,7 +109,7 @@ def check_token(text: str, origin: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone, by its name or address."""
+    """Tell whether a host, a name or address, is this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
