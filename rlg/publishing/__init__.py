@@ -1,1 +1,1 @@
-"""Model cards, the hub and W&B: all that leaves this machine."""
+"""Model cards, the hub and W&B: everything that leaves this machine."""

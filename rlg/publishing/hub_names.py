@@ -6,13 +6,13 @@ import re
 
 
 def check_license(license: str | None) -> None:
-    """Raise ValueError for what is no license id of the hub's."""
+    """Raise ValueError for a text that is no hub license id."""
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(f"the license must be an id of the hub's, such as apache-2.0, got {license!r}")
 
 
 def check_repo(repo: str) -> None:
-    """Raise ValueError for what is no name of a repository."""
+    """Raise ValueError for a text that is no name of a repository."""
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo)

@@ -1,8 +1,9 @@
-"""Publish an adapter on the hub: the PEFT folder, the diffusers file, the model card and the evaluations' curves.
+"""Publish an adapter on the hub.
 
     python -m rlg.push --ckpt runs/NAME/checkpoint-N --repo USER/NAME --private
 
-The trainer's state, the config and the images stay here. A token is needed: `hf auth login`, or HF_TOKEN.
+It uploads the PEFT folder, the diffusers file, the model card and the evaluations' curves. The trainer's state, the
+config and the images stay here. A token is needed: `hf auth login`, or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from rlg.publishing import hub_names, model_card
 
 
 def check_token() -> None:
-    """Raise ValueError where nothing can be pushed: no token, or the hub's libraries are told to stay offline."""
+    """Raise ValueError where nothing can be pushed.
+
+    There is no token, or the hub's libraries are told to stay offline.
+    """
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ValueError("pushing needs the hub, and HF_HUB_OFFLINE is set")
     if not huggingface_hub.get_token():
@@ -28,10 +32,12 @@ def check_token() -> None:
 
 
 def push(checkpoint: Path, repo: str, private: bool = False, license: str | None = None) -> str:
-    """Create the repository if it is new, upload in one commit, and return its address.
+    """Upload a checkpoint in one commit; return the repository's address.
+
+    A new repository is created.
 
     repo: NAME in the token's own namespace, or USER/NAME. license: see `model_card.write`, which brings the card here
-    up to date too. Raises ValueError for a folder that is no checkpoint, a missing token, and what the hub refuses.
+    up to date too. Raises ValueError for a folder that is no checkpoint, a missing token, and a refusal of the hub.
     """
     if not model_card.files(checkpoint):
         adapter_files.check_no_run(checkpoint)
@@ -46,16 +52,17 @@ def push(checkpoint: Path, repo: str, private: bool = False, license: str | None
         try:
             made = api.create_repo(repo, private=private or None, exist_ok=True)
             api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=f"Upload {checkpoint.name}")
-        except Exception as error:  # the hub raises whatever it meets
+        except Exception as error:  # the hub may raise anything
             again = f"python -m rlg.push --ckpt {checkpoint} --repo {repo}{' --private' if private else ''}"
             raise ValueError(f"cannot push to {repo}: {hub.short(error)}; to try again: {again}") from error
     return str(made)
 
 
 def stage(checkpoint: Path, place: Path) -> None:
-    """Copy what is published into an empty folder: the files of the checkpoint, and of its evaluations in eval/ID.
+    """Copy the files that are published into an empty folder.
 
-    The adapter names its base where that has a public name; see `rlg.io.public_names`.
+    They are the files of the checkpoint, and of its evaluations in eval/ID. The adapter names its base where that has
+    a public name; see `rlg.io.public_names`.
     """
     for name in model_card.files(checkpoint):
         (place / name).parent.mkdir(exist_ok=True)

@@ -1,8 +1,9 @@
-"""The README.md in an adapter's folder, a model card of the hub: what it was trained on, how to load it, what w does.
+"""Model card of an adapter: training, loading, effect of w.
 
-The card follows from files: the checkpoint's config.yaml and adapter_config.json, and the evaluations of the
-checkpoint, `../eval/*/summary.json`. Training writes it, an evaluation and `python -m rlg.push` write it anew while it
-carries MARK; without that line it is yours, and left alone. A license is stated only where someone gave one.
+It is the README.md in the adapter's folder, and follows from files: the checkpoint's config.yaml and
+adapter_config.json, and the evaluations of the checkpoint, `../eval/*/summary.json`. Training writes it. An evaluation
+and `python -m rlg.push` write it anew while it carries MARK. Without that line it is yours, and left alone. It states
+a license only if someone gave one.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ class Evaluated:
 
 
 def files(checkpoint: Path) -> list[str]:
-    """What is published of a checkpoint, by its name inside: the adapter in both formats, the card. [] if none is.
+    """Files of a checkpoint that are published, by their name inside.
 
-    Of some families diffusers has no LoRA files, and their adapters are PEFT folders alone.
+    They are the adapter in both formats, and the card; [] if there is no adapter. Of some families diffusers has no
+    LoRA files, and their adapters are PEFT folders alone.
     """
     adapter = [f"{PEFT_FOLDER}/{PEFT_CONFIG}", f"{PEFT_FOLDER}/{PEFT_WEIGHTS}"]
     if not all((checkpoint / name).is_file() for name in adapter):
@@ -60,25 +62,25 @@ def files(checkpoint: Path) -> list[str]:
 
 
 def evaluations(checkpoint: Path) -> list[Evaluated]:
-    """Finished evaluations of a checkpoint alone that lie in its run's folder, oldest first."""
+    """Finished evaluations in the run's folder, of this checkpoint alone, oldest first."""
     found = []
     for file in checkpoint.resolve().parent.glob(f"{EVALUATIONS}/*/{SUMMARY}"):
         try:
             summary = json.loads(file.read_bytes())
             adapter, meta = str(summary["adapter"]), summary["meta"]
         except (ValueError, TypeError, KeyError):
-            continue  # another tool's, or cut off
+            continue  # it is another tool's, or cut off
         if PurePath(adapter).name == checkpoint.name and "blend_scale" not in meta:
             found.append(Evaluated(file.parent, summary))
     return sorted(found, key=lambda e: str(e.summary["meta"].get("created", "")))
 
 
 def write(folder: Path, checkpoint: str | None = None, license: str | None = None) -> None:
-    """Write the card into a folder with an adapter, unless one of the user's own is there.
+    """Write the card into a folder with an adapter.
 
-    checkpoint: the name it will have, where it is not the folder's. license: of the adapter, an id of the hub's; the
-    default is what an earlier card states, or the config's `adapter_license`. Raises ValueError if config.yaml is
-    damaged.
+    A card of the user's own stays. checkpoint: the name it will have, where it is not the folder's. license: of the
+    adapter, an id of the hub's; the default is that of an earlier card, or the config's `adapter_license`. Raises
+    ValueError if config.yaml is damaged.
     """
     if is_users(folder):
         return
@@ -89,20 +91,20 @@ def write(folder: Path, checkpoint: str | None = None, license: str | None = Non
 
 
 def is_users(folder: Path) -> bool:
-    """Whether the folder has a card that is not ours to write."""
+    """Tell whether the folder has a card that is not ours."""
     card = folder / CARD
     return card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 
 def update(checkpoint: Path) -> None:
-    """Bring a card of ours up to date; nothing happens where there is none."""
+    """Bring a card of ours up to date, if there is one."""
     card = checkpoint / CARD
     if card.is_file() and files(checkpoint):
         write(checkpoint)
 
 
 def stated(folder: Path) -> str | None:
-    """The license that a card in the folder states, None if there is neither."""
+    """The license that the folder's card states; None if it states none."""
     data = _front_matter_of(folder / CARD)
     return data.license if data and isinstance(data.license, str) and data.license != "other" else None
 
@@ -117,7 +119,10 @@ def _front_matter_of(card: Path) -> ModelCardData | None:
 
 
 def render(folder: Path, checkpoint: str, license: str | None = None, figures: str = f"../{EVALUATIONS}") -> str:
-    """The card's text; `figures` is where the evaluations' folders are, seen from the card."""
+    """The card's text.
+
+    figures: path from the card to the evaluations' folders.
+    """
     config = read_config(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     adapter = json.loads((folder / PEFT_FOLDER / PEFT_CONFIG).read_bytes())
     base = str(config.get("base") or adapter.get("base_model_name_or_path") or "")
@@ -145,7 +150,7 @@ def render(folder: Path, checkpoint: str, license: str | None = None, figures: s
 
 
 def text(value: Any) -> str:
-    """Any text as one line of Markdown that shows it and does nothing else."""
+    """Escape a text: one line of Markdown that only shows it."""
     line = html.escape(" ".join(str(value).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#|~!:@])", lambda match: f"&#{ord(match[0])};", line)
 
@@ -174,7 +179,7 @@ def _front_matter(base: str | None, license: str | None, training_data: Any, fol
 
 
 def _facts(base: str, config: Mapping[str, Any], adapter: Mapping[str, Any]) -> str:
-    """A table of what the run was, by its config as others may see it."""
+    """A table of the run's settings, as others may see them."""
     weights = config.get("reward_weights")
     rewards = _list(config.get("reward"))
     if weights and len(weights) == len(rewards):
@@ -252,7 +257,10 @@ def _mean(fields: Mapping[str, Any] | None) -> str:
 
 
 def base_license(base: str) -> str | None:
-    """The license of a base model, by its card: of those in configs/, in its folder, or in the hub's cache."""
+    """The license of a base model, by its card.
+
+    It is that of a base in configs/, or in the base's folder, or in the hub's cache.
+    """
     if base in tinyworld.NAMES or base in _BASE_LICENSES:
         return _BASE_LICENSES.get(base, "apache-2.0")
     cached = huggingface_hub.try_to_load_from_cache(base, CARD) if public_names.is_hub_id(base) else None
@@ -268,6 +276,6 @@ def _license_note(base: str | None, license_of_base: str | None, license: str | 
 
 
 def update_all(checkpoints: Iterable[Path]) -> None:
-    """`update` for each."""
+    """`update` each checkpoint."""
     for checkpoint in checkpoints:
         update(checkpoint)

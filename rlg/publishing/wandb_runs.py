@@ -1,4 +1,7 @@
-"""Runs of Weights & Biases: accounts, options, pictures and adapters. The keys that are logged: docs/wandb.md."""
+"""Runs of Weights & Biases: accounts, options, pictures and adapters.
+
+docs/wandb.md has the keys that are logged.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ from rlg import extras
 from rlg.io.pixels import levels
 
 AWAY = ("offline", "disabled", "dryrun")  # W&B's modes without a server
-_RUN_ID = Path("wandb", "run_id")  # in a folder: the W&B run that goes on when the folder's work does
+_RUN_ID = Path("wandb", "run_id")  # file in a folder: the W&B run that goes on when the folder's work does
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where an evaluation is mirrored to."""
+    """Place on W&B to which an evaluation is mirrored."""
 
     project: str
     adapters: tuple[Path, ...] = ()  # checkpoints to keep as artifacts
@@ -31,7 +34,10 @@ class Tracking:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn what W&B raises (no account, no network, a deleted run) into ValueError."""
+    """Turn errors of W&B into ValueError.
+
+    Causes are no account, no network, or a deleted run.
+    """
     import wandb
 
     try:
@@ -42,7 +48,10 @@ def one_line() -> Iterator[None]:
 
 
 def require(extra: str = "wandb") -> None:
-    """Raise ValueError unless W&B is installed, and signed in where it is not offline; writes nothing here."""
+    """Raise ValueError unless W&B is installed and signed in.
+
+    An offline mode needs no account. It writes nothing here.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -53,10 +62,11 @@ def require(extra: str = "wandb") -> None:
 
 
 def options(folder: Path, name: str, job_type: str, group: str) -> dict[str, Any]:
-    """Arguments of wandb.init, besides project and config, for work whose files are in `folder`.
+    """Arguments of wandb.init, besides project and config.
 
-    The run's id is kept there, so that work which is resumed goes on in the same run; an agent's comes first. Of the
-    machine W&B gets its load and its packages: no host, user, path, command line or console.
+    folder: that of the work's files. The run's id is kept there, so that work which is resumed goes on in the same
+    run; an agent's id comes first. W&B gets the machine's load and packages: no host, user, path, command line or
+    console.
     """
     common = {"name": name, "dir": str(folder), "resume": "allow", "job_type": job_type, "group": group}
     common["settings"] = quiet_settings()
@@ -70,7 +80,7 @@ def options(folder: Path, name: str, job_type: str, group: str) -> dict[str, Any
 
 
 def quiet_settings(**more: Any) -> Any:
-    """wandb.Settings under which W&B collects nothing that says where a run was made, and by whom."""
+    """wandb.Settings that hide where and by whom a run was made."""
     import wandb
 
     hidden = {"host": "", "username": "", "console": "off", "x_disable_meta": True, "disable_git": True}
@@ -78,7 +88,7 @@ def quiet_settings(**more: Any) -> Any:
 
 
 def forget(folder: Path) -> None:
-    """What comes next in a folder is another run."""
+    """Make the next work in a folder another W&B run."""
     (folder / _RUN_ID).unlink(missing_ok=True)
 
 
@@ -97,7 +107,10 @@ def pictures(images_B3HW: Tensor, captions: Sequence[str]) -> list[Any]:
 
 
 def log_adapter(run: Any, checkpoint: Path, name: str) -> None:
-    """Keep an adapter as an artifact of type `model`: the files that are published too, see `model_card.files`."""
+    """Keep an adapter as an artifact of type `model`.
+
+    Its files are those that are published, too; see `model_card.files`.
+    """
     import wandb
 
     from rlg.publishing import hub_upload, model_card

@@ -1,15 +1,16 @@
-"""Training runs, sweeps and evaluations in one report: runs.csv, figures (.png, .svg) and report.html.
+"""Data of a report on several runs, sweeps and evaluations.
 
-    python -m rlg.report runs/sweeps/grpo_tiny                  # a sweep, with the evaluations in its runs' folders
-    python -m rlg.report runs/A runs/B runs/sweeps/X runs/C/eval/ID
+python -m rlg.report runs/sweeps/grpo_tiny                  # a sweep, with the evaluations in its runs' folders
+python -m rlg.report runs/A runs/B runs/sweeps/X runs/C/eval/ID
 
-What is swept is what a sweep drew, or what the runs' configs differ in. The metric is the sweep's, or the trained
-reward (on held-out prompts, if it was evaluated while training). Evaluations are those given and those in the folders
-of runs, RUN/eval/*; those that differ by w alone (an evaluation's sweep over w) are one curve, paired over prompts and
-noises. A point is on the frontier if no point of at most its KL has more reward; only points of one base and one
-reward are compared, path KL to the base in nats.
-
-A best w is chosen on every other prompt and reported on the rest. Its interval: the w that no other one surely beats.
+swept        parameters that a sweep drew, or that differ between the configs of the runs
+metric       the sweep's, or the trained reward (on held-out prompts, if it was evaluated while training)
+evaluations  the given ones, and those in the folders of runs, RUN/eval/*. Those that differ by w alone (an
+             evaluation's sweep over w) are one curve, paired over prompts and noises
+frontier     points of which no other has more reward at their path KL to the base (nats) or less. Only points of
+             one base and one reward are compared
+best w       chosen on every other prompt and reported on the rest; its interval holds each w that no other surely
+             beats
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from rlg.io.run_folder import CONFIG, EVALUATIONS, META, METRICS, ROWS, read_con
 from rlg.reports.evaluation_data import Run, read_run
 from rlg.runs.sweep_folder import FINISHED, INTERRUPTED, is_sweep, read_metrics, read_sweep
 
-MAX_AXES = 8  # of parallel coordinates, besides the metric
-_NO_PARAMETERS = (  # of training: how it is kept and looked at
+MAX_AXES = 8  # axes of parallel coordinates, besides the metric
+_NO_PARAMETERS = (  # options that do not change what is trained
     *("name", "output_dir", "save_steps", "save_total_limit", "sample_steps", "report_to", "project"),
     *("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license"),
     *("eval_steps", "eval_num_prompts", "eval_prompts", "held_out_reward"),
@@ -41,18 +42,18 @@ _SETTINGS = ("adapter", "base", "sampler", "steps", "cfg", "level", "schedule", 
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A run: of training, or one of a sweep."""
+class ComparedRun:
+    """A run: a training, or one of a sweep."""
 
     name: str
     folder: Path
     status: str
-    parameters: dict[str, Any]  # what it was given
-    metrics: list[dict[str, Any]]  # rows of metrics.jsonl; none of an evaluation
+    parameters: dict[str, Any]  # parameters that it was given
+    metrics: list[dict[str, Any]]  # rows of metrics.jsonl; none for an evaluation
     metric: float | None = None
 
     def series(self, *names: str) -> np.ndarray:
-        """(T, 1 + names) step and the values of metrics, of the rows that have them all."""
+        """(T, 1 + names) step and metrics, of rows with all."""
         known = [[row.get(name) for name in ("step", *names)] for row in self.metrics]
         kept = [row for row in known if all(isinstance(v, (int, float)) for v in row) and np.isfinite(row).all()]
         return np.array(kept, dtype=np.float64).reshape(-1, 1 + len(names))
@@ -68,36 +69,39 @@ class BestOf:
 
     @property
     def kl(self) -> float | None:
-        """Path KL at that w, of all prompts."""
+        """Path KL at that w, over all prompts."""
         return next(point["kl"] for point in self.run.curve(self.run.sweep) if point["w"] == self.found.w)
 
 
 @dataclass(frozen=True)
-class Spot:
+class PlanePoint:
     """A point of an evaluation on the plane of KL and reward."""
 
     run: Run
-    point: dict[str, Any]
+    row: dict[str, Any]  # of the points of summary.json
     reward: str
 
     @property
     def mean(self) -> float:
-        """Of the reward."""
-        return self.point["rewards"][self.reward]["mean"]
+        """Mean of the reward."""
+        return self.row["rewards"][self.reward]["mean"]
 
 
 @dataclass(frozen=True)
-class Material:
-    """Everything that the report is made of."""
+class Comparison:
+    """The content of a report on several runs."""
 
-    entries: list[Entry]
+    entries: list[ComparedRun]
     evaluations: list[Run]
     metric: str | None
     maximise: bool
 
     @property
     def swept(self) -> list[str]:
-        """Parameters that all runs were given and that differ between them, at most MAX_AXES."""
+        """Parameters that differ between runs, at most MAX_AXES.
+
+        All runs were given them.
+        """
         if not self.entries:
             return []
         first = self.entries[0].parameters
@@ -105,8 +109,8 @@ class Material:
         differ = [name for name in common if len({_key(entry.parameters[name]) for entry in self.entries}) > 1]
         return [name for name in differ if name not in _NO_PARAMETERS][:MAX_AXES]
 
-    def ranked(self) -> list[Entry]:
-        """Runs, the best first, those without a metric last."""
+    def ranked(self) -> list[ComparedRun]:
+        """Runs, the best first; those without a metric are last."""
         sign = -1 if self.maximise else 1
         return sorted(self.entries, key=lambda e: (e.metric is None, sign * (e.metric or 0)))
 
@@ -116,18 +120,21 @@ def _key(value: Any) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a trainer wrote the folder."""
+    """Tell whether a trainer wrote the folder."""
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
 
 
 def is_evaluation(folder: Path) -> bool:
-    """Whether `rlg.evaluate` wrote the folder."""
+    """Tell whether `rlg.evaluate` wrote the folder."""
     return (folder / ROWS).is_file() and (folder / META).is_file()
 
 
-def collect(folders: Sequence[Path], metric: str | None = None) -> Material:
-    """Read sweeps, training runs and evaluations. Raises ValueError for a folder that is none of these."""
-    entries: list[Entry] = []
+def collect(folders: Sequence[Path], metric: str | None = None) -> Comparison:
+    """Read sweeps, training runs and evaluations.
+
+    Raises ValueError for a folder that is none of these.
+    """
+    entries: list[ComparedRun] = []
     evaluated: list[Path] = []
     goals: list[tuple[str | None, bool]] = []
     for folder in dict.fromkeys(folders):
@@ -136,7 +143,9 @@ def collect(folders: Sequence[Path], metric: str | None = None) -> Material:
             goals.append((sweep.metric, sweep.maximise))
             for run in sweep.runs:
                 at = folder / run.name
-                entries.append(Entry(run.name, at, run.status, run.parameters, read_metrics(at / METRICS), run.metric))
+                entries.append(
+                    ComparedRun(run.name, at, run.status, run.parameters, read_metrics(at / METRICS), run.metric)
+                )
                 evaluated += _evaluations(at)
         elif is_run(folder):
             entries.append(_training(folder))
@@ -150,11 +159,14 @@ def collect(folders: Sequence[Path], metric: str | None = None) -> Material:
     else:
         name, maximise = metric or _metric_of(entries), True
     entries = [replace(entry, metric=_last(entry, name, entry.metric if goals else None)) for entry in entries]
-    return Material(_distinct(entries), _labelled(_joined(dict.fromkeys(evaluated))), name, maximise)
+    return Comparison(_distinct(entries), _labelled(_joined(dict.fromkeys(evaluated))), name, maximise)
 
 
 def _evaluations(folder: Path) -> list[Path]:
-    """Those of a run's folder, itself included; one that has scored nothing yet is left out with a warning."""
+    """Folders of evaluations of a run, itself included.
+
+    One that has scored nothing yet is left out with a warning.
+    """
     found = [place for place in (folder, *sorted(folder.glob(f"{EVALUATIONS}/*"))) if is_evaluation(place)]
     for place in found:
         if not (place / ROWS).stat().st_size:
@@ -162,16 +174,19 @@ def _evaluations(folder: Path) -> list[Path]:
     return [place for place in found if (place / ROWS).stat().st_size]
 
 
-def _training(folder: Path) -> Entry:
+def _training(folder: Path) -> ComparedRun:
     config, metrics = read_config(folder / CONFIG), read_metrics(folder / METRICS)
     check_type(f"{folder / CONFIG}: max_steps", config.get("max_steps"), float | None)
     check_type(f"{folder / CONFIG}: reward", config.get("reward"), list[str] | str | None)
     done = bool(metrics) and metrics[-1].get("step", 0) >= (config.get("max_steps") or 0)
-    return Entry(folder.name, folder, FINISHED if done else INTERRUPTED, config, metrics)
+    return ComparedRun(folder.name, folder, FINISHED if done else INTERRUPTED, config, metrics)
 
 
-def _metric_of(entries: Sequence[Entry]) -> str | None:
-    """What all training runs have of: the first trained reward on held-out prompts, on their own, the total."""
+def _metric_of(entries: Sequence[ComparedRun]) -> str | None:
+    """The first metric that all training runs have.
+
+    The candidates are the first trained reward on held-out prompts, then on their own samples, then the total.
+    """
     trained = [entry for entry in entries if entry.metrics]
     rewards = trained[0].parameters.get("reward") or [] if trained else []
     first = [rewards] if isinstance(rewards, str) else rewards[:1]
@@ -180,20 +195,26 @@ def _metric_of(entries: Sequence[Entry]) -> str | None:
     return next(known, None)
 
 
-def _last(entry: Entry, name: str | None, known: float | None) -> float | None:
+def _last(entry: ComparedRun, name: str | None, known: float | None) -> float | None:
     if name is None or not len(series := entry.series(name)):
         return known
     return float(series[-1, 1])
 
 
-def _distinct(entries: Sequence[Entry]) -> list[Entry]:
-    """Names that occur twice, as in two sweeps, get their folder's parent before them."""
+def _distinct(entries: Sequence[ComparedRun]) -> list[ComparedRun]:
+    """Put the folder's parent before names that occur twice.
+
+    Two sweeps, for instance, have runs of equal names.
+    """
     count = Counter(entry.name for entry in entries)
     return [replace(e, name=f"{e.folder.parent.name}/{e.name}") if count[e.name] > 1 else e for e in entries]
 
 
 def _joined(folders: Iterable[Path]) -> list[Run]:
-    """Evaluations, those of one meta.json (but for time and command line) as one: they differ by w or method alone."""
+    """Read evaluations, and join those that differ by w or method alone.
+
+    Their meta.json are equal but for time and command line.
+    """
     groups: dict[str, list[Run]] = defaultdict(list)
     for folder in folders:
         run = read_run(folder)
@@ -217,7 +238,7 @@ def _merge(runs: Sequence[Run]) -> Run:
 
 
 def _labelled(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name told apart by the settings they differ in, or else by their folders."""
+    """Add to equal names the settings that differ, or else the folders."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.name].append(run)
@@ -239,13 +260,16 @@ def _setting(key: str, value: Any) -> str:
 
 
 def trained_reward(run: Run) -> str | None:
-    """The first reward that the run was trained on and its points have."""
+    """The first trained reward of the run that its points have."""
     points = run.summary["points"]
     return next((n for n in run.summary["meta"]["trained_rewards"] if n in points[0]["rewards"]), None)
 
 
 def best_of(run: Run) -> BestOf | None:
-    """Where the trained reward is highest along w; None without points of guidance, or with a single prompt."""
+    """The w at which the trained reward is highest.
+
+    It is None without points of guidance, or with a single prompt.
+    """
     reward = trained_reward(run)
     if reward is None or not run.points(run.sweep):
         return None
@@ -253,27 +277,33 @@ def best_of(run: Run) -> BestOf | None:
     return None if found is None else BestOf(run, reward, found)
 
 
-def planes(runs: Sequence[Run]) -> dict[tuple[str, str], list[Spot]]:
-    """(base, reward) -> the points of guidance whose KL is known, by run and w."""
-    found: dict[tuple[str, str], list[Spot]] = defaultdict(list)
+def planes(runs: Sequence[Run]) -> dict[tuple[str, str], list[PlanePoint]]:
+    """Points of guidance with a known KL, by (base, reward)."""
+    found: dict[tuple[str, str], list[PlanePoint]] = defaultdict(list)
     for run in runs:
         if (reward := trained_reward(run)) is not None:
-            spots = [Spot(run, p, reward) for p in run.curve(run.sweep) if p["kl"] is not None]
-            found[run.summary["base"], reward] += spots
-    return {place: spots for place, spots in found.items() if spots}
+            points = [PlanePoint(run, p, reward) for p in run.curve(run.sweep) if p["kl"] is not None]
+            found[run.summary["base"], reward] += points
+    return {place: points for place, points in found.items() if points}
 
 
-def mixed(spots: Sequence[Spot]) -> list[str]:
-    """Settings that the runs of a plane differ in, and that move reward and KL whatever the model."""
-    metas = [spot.run.summary["meta"] for spot in spots]
+def mixed(points: Sequence[PlanePoint]) -> list[str]:
+    """Settings that differ between the runs of a plane.
+
+    They move reward and KL whatever the model.
+    """
+    metas = [point.run.summary["meta"] for point in points]
     names = ("sampler", "steps", "cfg", "level", "schedule", "prompts", "num_prompts", "resolution")
     return [name for name in names if len({_key(meta.get(name)) for meta in metas}) > 1]
 
 
-def frontier(spots: Sequence[Spot]) -> list[Spot]:
-    """Those that no other beats at the same KL or less, by KL."""
-    front: list[Spot] = []
-    for spot in sorted(spots, key=lambda spot: (spot.point["kl"], -spot.mean)):
-        if not front or spot.mean > front[-1].mean:
-            front.append(spot)
+def frontier(points: Sequence[PlanePoint]) -> list[PlanePoint]:
+    """Points that no other beats at their KL or less.
+
+    They are in the order of their KL.
+    """
+    front: list[PlanePoint] = []
+    for point in sorted(points, key=lambda point: (point.row["kl"], -point.mean)):
+        if not front or point.mean > front[-1].mean:
+            front.append(point)
     return front

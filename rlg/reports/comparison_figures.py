@@ -1,4 +1,7 @@
-"""Figures of a report on several runs: frontier and training curves, parallel coordinates, best w."""
+"""Figures of a report on several runs.
+
+They are frontier and training curves, parallel coordinates, and the best w.
+"""
 
 from __future__ import annotations
 
@@ -14,48 +17,60 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 
 from rlg.evaluation.methods import RLG
-from rlg.reports.comparison_data import BestOf, Entry, Material, Spot, frontier, planes
+from rlg.reports.comparison_data import BestOf, ComparedRun, Comparison, PlanePoint, frontier, planes
 from rlg.reports.evaluation_data import Run
 from rlg.reports.theme import HOLLOW, INK, MUTED, PALETTE
 from rlg.stats import PERCENT
 
 RANKS = LinearSegmentedColormap.from_list("ranks", ["#8fb0cc", "#8a73b8", "#d55e00"])  # visible on light and dark
 LOG_RATIO = 20  # an axis of positive numbers is logarithmic if its largest is this many times its smallest
-MARKERS = "os^Dv"  # of the evaluations of one run
-MAX_LABELS = 8  # lines that a legend names
+MARKERS = "os^Dv"  # marks of the evaluations of one run
+MAX_LABELS = 8  # most lines that a legend names
 _BAR = {"alpha": 0.5, "linewidth": 1.1}
 
 
-def _owner(material: Material, run: Run) -> Path:
-    """Folder of the run that an evaluation belongs to, its own if none of the entries does."""
+def _owner(comparison: Comparison, run: Run) -> Path:
+    """Folder of the run of an evaluation.
+
+    It is the evaluation's own if no run of the report has it.
+    """
     places = (run.folder, *run.folder.parents)
-    return next((entry.folder for entry in material.entries if entry.folder in places), run.folder)
+    return next((entry.folder for entry in comparison.entries if entry.folder in places), run.folder)
 
 
-def _colours(material: Material, trained: Sequence[Entry]) -> dict[Path, str]:
-    """A colour for each folder that is drawn: few are told apart, many are ranked, by metric or by highest reward."""
-    sign = 1 if material.maximise else -1
+def _colours(comparison: Comparison, trained: Sequence[ComparedRun]) -> dict[Path, str]:
+    """A colour for each folder that is drawn.
+
+    A few folders have distinct colours. Many have colours by rank, of their metric or of their highest reward.
+    """
+    sign = 1 if comparison.maximise else -1
     values = {entry.folder: None if entry.metric is None else sign * entry.metric for entry in trained}
-    for spots in planes(material.evaluations).values():
-        for spot in spots:
-            owner = _owner(material, spot.run)
+    for points in planes(comparison.evaluations).values():
+        for point in points:
+            owner = _owner(comparison, point.run)
             if owner not in {entry.folder for entry in trained}:
-                values[owner] = max(values.get(owner, -math.inf), spot.mean)
+                values[owner] = max(values.get(owner, -math.inf), point.mean)
     colours = PALETTE[: len(values)] if len(values) <= len(PALETTE) else ranked(list(values.values()))
     return dict(zip(values, colours, strict=True))
 
 
 def ranked(values: Sequence[float | None]) -> list[str]:
-    """Colours along RANKS, the largest value at its end; None is muted."""
+    """Colours along RANKS, with the largest value at its end.
+
+    None is muted.
+    """
     known = [value for value in values if value is not None]
     low, span = min(known, default=0.0), (max(known, default=0.0) - min(known, default=0.0)) or 1.0
     return [MUTED if v is None else to_hex(RANKS((v - low) / span)) for v in values]
 
 
-def draw_frontier(material: Material) -> Figure | None:
-    """Reward against KL for each base and reward, and what training shows; None where there is neither."""
-    evaluated = planes(material.evaluations)
-    trained = [e for e in material.entries if material.metric and len(e.series(material.metric)) > 1]
+def draw_frontier(comparison: Comparison) -> Figure | None:
+    """Draw reward against KL for each base and reward, and training curves.
+
+    Returns None if there is neither.
+    """
+    evaluated = planes(comparison.evaluations)
+    trained = [e for e in comparison.entries if comparison.metric and len(e.series(comparison.metric)) > 1]
     with_kl = [e for e in trained if len(e.series("kl", "reward")) > 1]
     count = len(evaluated) + bool(trained) + bool(with_kl)
     if not count:
@@ -65,54 +80,57 @@ def draw_frontier(material: Material) -> Figure | None:
     figure = Figure(figsize=(6.2 * columns, 4.4 * lines), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     places = iter(figure.subplots(lines, columns, squeeze=False).flat)
-    colours = _colours(material, trained)
-    for (base, reward), spots in evaluated.items():
+    colours = _colours(comparison, trained)
+    for (base, reward), points in evaluated.items():
         title = reward if len({b for b, _ in evaluated}) == 1 else f"{reward} on {base}"
-        _plane(next(places), spots, title, [colours[_owner(material, spot.run)] for spot in spots])
+        _plane(next(places), points, title, [colours[_owner(comparison, point.run)] for point in points])
     if with_kl:
         _training(
             next(places), with_kl, colours, "kl", "reward", "while training", "KL of the trainer's loss (its own unit)"
         )
     if trained:
         _training(
-            next(places), trained, colours, None, material.metric, f"{material.metric} while training", "iteration"
+            next(places), trained, colours, None, comparison.metric, f"{comparison.metric} while training", "iteration"
         )
     for left in places:
         left.set_visible(False)
     return figure
 
 
-def _plane(axes: Axes, spots: Sequence[Spot], title: str, colours: Sequence[str]) -> None:
-    """All runs' points of one base and reward, a line each, and the frontier over them."""
-    groups: dict[int, list[tuple[Spot, str]]] = {}
-    for spot, colour in zip(spots, colours, strict=True):
-        groups.setdefault(id(spot.run), []).append((spot, colour))
+def _plane(axes: Axes, points: Sequence[PlanePoint], title: str, colours: Sequence[str]) -> None:
+    """Draw the points of one base and reward, and their frontier.
+
+    Each run is a line.
+    """
+    groups: dict[int, list[tuple[PlanePoint, str]]] = {}
+    for point, colour in zip(points, colours, strict=True):
+        groups.setdefault(id(point.run), []).append((point, colour))
     seen: Counter[str] = Counter()
     for group in groups.values():
         colour = group[0][1]
-        for spot, _ in group:
-            axes.plot(spot.point.get("kl_ci95") or [spot.point["kl"]] * 2, [spot.mean] * 2, color=colour, **_BAR)
-            axes.plot([spot.point["kl"]] * 2, spot.point["rewards"][spot.reward]["ci95"], color=colour, **_BAR)
+        for point, _ in group:
+            axes.plot(point.row.get("kl_ci95") or [point.row["kl"]] * 2, [point.mean] * 2, color=colour, **_BAR)
+            axes.plot([point.row["kl"]] * 2, point.row["rewards"][point.reward]["ci95"], color=colour, **_BAR)
         look = {"color": colour, "linewidth": 1.3, "markersize": 4, "marker": MARKERS[seen[colour] % len(MARKERS)]}
         seen[colour] += 1
         label = group[0][0].run.name if len(groups) <= MAX_LABELS else None
-        axes.plot([s.point["kl"] for s, _ in group], [s.mean for s, _ in group], label=label, zorder=3, **look)
-    front = frontier(spots)
+        axes.plot([s.row["kl"] for s, _ in group], [s.mean for s, _ in group], label=label, zorder=3, **look)
+    front = frontier(points)
     axes.step(
-        [s.point["kl"] for s in front], [s.mean for s in front], where="post", color=INK, linewidth=1.1, zorder=2.5
+        [s.row["kl"] for s in front], [s.mean for s in front], where="post", color=INK, linewidth=1.1, zorder=2.5
     )
     look = {"markersize": 8, "markerfacecolor": "none", "color": INK, "zorder": 4}
-    axes.plot([s.point["kl"] for s in front], [s.mean for s in front], "o", label="frontier", **look)
-    for spot in front:
-        at = (spot.point["kl"], spot.mean)
-        axes.annotate(f"{spot.point['w']:g}", at, xytext=(-5, 6), textcoords="offset points", fontsize=7.5, ha="right")
+    axes.plot([s.row["kl"] for s in front], [s.mean for s in front], "o", label="frontier", **look)
+    for point in front:
+        at = (point.row["kl"], point.mean)
+        axes.annotate(f"{point.row['w']:g}", at, xytext=(-5, 6), textcoords="offset points", fontsize=7.5, ha="right")
     _dress(axes, f"{title}: frontier", "path KL to the base (nats); numbers: w")
     axes.legend(loc="lower right", frameon=False, fontsize=7.5)
 
 
 def _training(
     axes: Axes,
-    entries: Sequence[Entry],
+    entries: Sequence[ComparedRun],
     colours: Mapping[Path, str],
     x: str | None,
     y: str,
@@ -136,10 +154,13 @@ def _dress(axes: Axes, title: str, x: str) -> None:
     axes.margins(x=0.06, y=0.1)
 
 
-def draw_parameters(material: Material) -> Figure | None:
-    """Parallel coordinates: an axis a swept parameter, the metric as the last; None with nothing to compare."""
-    names, entries = material.swept, material.entries
-    if not names or material.metric is None or len(entries) < 2:
+def draw_parameters(comparison: Comparison) -> Figure | None:
+    """Draw parallel coordinates of swept parameters, with the metric last.
+
+    Returns None if there is nothing to compare.
+    """
+    names, entries = comparison.swept, comparison.entries
+    if not names or comparison.metric is None or len(entries) < 2:
         return None
     metrics = [entry.metric for entry in entries]
     if all(value is None for value in metrics):
@@ -148,7 +169,7 @@ def draw_parameters(material: Material) -> Figure | None:
     scales.append(Scale([value for value in metrics if value is not None]))
     figure = Figure(figsize=(max(1.75 * len(scales), 6.4), 4.2), layout="constrained")
     axes = figure.add_subplot()
-    good = metrics if material.maximise else [None if v is None else -v for v in metrics]
+    good = metrics if comparison.maximise else [None if v is None else -v for v in metrics]
     order = sorted(zip(entries, ranked(good), good, strict=True), key=lambda row: (row[2] is not None, row[2] or 0))
     for i, (entry, colour, value) in enumerate(order):
         heights = [scale.at(entry.parameters[name]) for name, scale in zip(names, scales, strict=False)]
@@ -156,7 +177,7 @@ def draw_parameters(material: Material) -> Figure | None:
         best = i == len(order) - 1
         look = {"linewidth": 2.8 if best else 1.3, "alpha": 1 if best else 0.8}
         axes.plot(range(len(heights)), heights, color=colour, linestyle="-" if value is not None else ":", **look)
-    for i, (name, scale) in enumerate(zip([*names, material.metric], scales, strict=True)):
+    for i, (name, scale) in enumerate(zip([*names, comparison.metric], scales, strict=True)):
         _axis(axes, i, f"{name} (log)" if scale.is_log else name, scale)
     axes.set_xlim(-0.15, len(scales) - 0.45)
     axes.set_ylim(-0.06, 1.16)
@@ -176,7 +197,10 @@ def _axis(axes: Axes, x: int, name: str, scale: Scale) -> None:
 
 
 class Scale:
-    """Values of one axis as heights in [0, 1]: numbers by size, log where they span far, others in equal steps."""
+    """Heights in [0, 1] of the values of one axis.
+
+    Numbers are placed by size, on a log scale where they span far. Other values have equal steps.
+    """
 
     def __init__(self, values: Sequence[Any]):
         self.numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
@@ -195,7 +219,10 @@ class Scale:
         return (self._number(value) - self.low) / (self.high - self.low) if self.high > self.low else 0.5
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(height, label), of all values if they are few, else of ends and middle."""
+        """(height, label) of all values, or of ends and middle.
+
+        More than five numbers have labels at the ends and in the middle.
+        """
         if not self.numeric:
             return [(self.at(level), level[:18]) for level in self.levels]
         if len(self.levels) <= 5:
@@ -207,7 +234,12 @@ class Scale:
 
 
 def draw_best(bests: Sequence[BestOf]) -> Figure | None:
-    """For each evaluation its best w and that w's reward, beside the tuned model's; None without evaluations."""
+    """Draw the best w of each evaluation, and its reward.
+
+    The tuned model's reward is beside it.
+
+    Returns None without evaluations.
+    """
     if not bests:
         return None
     rewards = list(dict.fromkeys(best.reward for best in bests))

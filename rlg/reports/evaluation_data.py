@@ -14,7 +14,7 @@ from rlg.evaluation.summary import Best, best_w, has_base, summarise
 from rlg.io.parsing import check_type, read_json
 from rlg.io.run_folder import META, ROWS
 
-_META = {  # types of what the report uses of meta.json
+_META = {  # types of the entries of meta.json that the report uses
     **{"base": str, "adapter": str, "trained_rewards": list[str], "schedule": str},
     **{"experts": list[str], "blend_scale": float},
 }
@@ -37,17 +37,20 @@ class Run:
 
     @property
     def is_blend(self) -> bool:
-        """Whether w is the weight of the last of two experts."""
+        """Tell whether w is the weight of the last of two experts."""
         return "pareto" in self.summary
 
     @property
     def scale(self) -> float:
-        """W of a blend, 1 for others."""
+        """Scale W of a blend; 1 for others."""
         return self.summary["meta"].get("blend_scale", 1.0)
 
     @property
     def named(self) -> dict[float, str]:
-        """w -> what stands there: base and tuned model, or a blend's experts where its scale is 1."""
+        """Names of models by their w.
+
+        They are base and tuned model, or a blend's experts where its scale is 1.
+        """
         meta = self.summary["meta"]
         if self.is_blend:
             return {float(w): name for w, name in enumerate(meta["experts"])} if self.scale == 1 else {}
@@ -55,7 +58,7 @@ class Run:
 
     @property
     def formula(self) -> tuple[str, str]:
-        """What guidance computes, before and after the w."""
+        """Formula of guidance, as text before and after the w."""
         if not self.is_blend:
             return "guided = base + ", " * (tuned - base)"
         a, b = self.summary["meta"]["experts"]
@@ -68,7 +71,10 @@ class Run:
         return [point for point in self.summary["points"] if point["method"] == method]
 
     def curve(self, method: str) -> list[dict[str, Any]]:
-        """The points of a method's line; all methods share those at w = 0 and 1, the base and the tuned model."""
+        """The points of a method's line.
+
+        All methods share those at w = 0 and 1, the base and the tuned model.
+        """
         points = self.points(method)
         if METHODS[method].is_blend:
             keys = front.front([(point["method"], point["w"]) for point in self.summary["points"]], method, self.scale)
@@ -79,25 +85,34 @@ class Run:
         return sorted(points, key=lambda point: point["w"])
 
     def best(self, reward: str) -> Best | None:
-        """The w of the highest mean, chosen on half of the prompts, reported on the rest; None with one prompt."""
+        """The w of the highest mean; None with one prompt.
+
+        It is chosen on half of the prompts, and reported on the rest.
+        """
         methods = {point["w"]: point["method"] for point in self.curve(self.sweep)}
         sweep = {w: [row for row in self.rows if (row.method, row.w) == (method, w)] for w, method in methods.items()}
         return best_w(sweep, reward, [row for row in self.rows if (row.method, row.w) == (RLG, 1.0)])
 
     @property
     def steps(self) -> str:
-        """The number of denoising steps, where it is known, as part of a caption."""
+        """The number of denoising steps for a caption, if known."""
         steps = self.summary["meta"].get("steps")
         return "" if steps is None else f"{steps} steps"
 
     @property
     def under_cfg(self) -> bool:
-        """Whether classifier-free guidance was on, under which the corrector's weights are of no law."""
+        """Tell whether classifier-free guidance was on.
+
+        The corrector's weights are then of no law.
+        """
         return self.summary["meta"].get("cfg", 1.0) != 1.0
 
 
 def read_run(folder: Path) -> Run:
-    """Read and summarise an evaluation. Raises ValueError naming the file that is missing or wrong."""
+    """Read and summarise an evaluation.
+
+    Raises ValueError naming the file that is missing or wrong.
+    """
     scores, meta_path = folder / ROWS, folder / META
     for path in (scores, meta_path):
         if not path.is_file():
@@ -118,7 +133,10 @@ def read_run(folder: Path) -> Run:
 
 
 def reward_names(runs: Sequence[Run]) -> list[tuple[str, bool]]:
-    """(name, whether a run was trained on it) for every reward of the runs, the trained ones first."""
+    """(name, is trained) for every reward of the runs, trained ones first.
+
+    A reward is trained if a run was trained on it.
+    """
     trained = {name for run in runs for name in run.summary["meta"]["trained_rewards"]}
     names = dict.fromkeys(name for run in runs for point in run.summary["points"] for name in point["rewards"])
     return sorted(((name, name in trained) for name in names), key=lambda entry: not entry[1])

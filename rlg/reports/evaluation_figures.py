@@ -19,7 +19,10 @@ from rlg.reports.theme import COLOURS, FALL, INK, MARKS, MUTED, PALETTE
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: `reward`, or the points' field if None, against `x` ("w" or "kl")."""
+    """One set of axes.
+
+    It shows `reward`, or the points' `field` if that is None, against `x` ("w" or "kl").
+    """
 
     title: str
     x: str
@@ -28,7 +31,10 @@ class Panel:
 
 
 def draw_curves(runs: Sequence[Run]) -> Figure:
-    """All panels. One run: a colour a method. Several: a colour a run, and marks tell its methods apart."""
+    """Draw all panels.
+
+    With one run, each method has a colour. With several, each run has a colour, and marks tell its methods apart.
+    """
     panels = _panels(runs)
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     lines = math.ceil(len(panels) / columns)
@@ -41,7 +47,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
         for r, run in enumerate(runs):
             for name, method in METHODS.items():
                 if run.is_blend and (name in (RLG, MORL) or (name == EXPERT and run.scale == 1)):
-                    continue  # no point along lambda, or the end of every curve
+                    continue  # it has no point along lambda, or is the end of every curve
                 colour = PALETTE[r % len(PALETTE)] if len(runs) > 1 else COLOURS[name]
                 label = method.label if len(runs) == 1 else f"{run.name}: {method.label}"
                 line = _draw(axes, panel, run.curve(name), MARKS[name], colour)
@@ -67,7 +73,7 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _share_title(runs: Sequence[Run]) -> str:
-    """What the panel of the effective share says of it."""
+    """Title of the panel of the effective share."""
     counts = sorted({point["ess_k"] for run in runs for point in run.summary["points"] if point["ess_k"]})
     facts = [f"K = {', '.join(map(str, counts))}", *dict.fromkeys(run.steps for run in runs if run.steps)]
     heuristic = ",\nheuristic under CFG" if any(run.under_cfg for run in runs) else ""
@@ -75,7 +81,7 @@ def _share_title(runs: Sequence[Run]) -> str:
 
 
 def method_names(runs: Sequence[Run]) -> dict[float, str]:
-    """What a w is in all the runs."""
+    """Names of models by their w, where all runs agree."""
     return {w: name for w, name in runs[0].named.items() if all(run.named.get(w) == name for run in runs)}
 
 
@@ -94,7 +100,10 @@ def _dress(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
 
 
 def _measured(points: Iterable[Mapping[str, Any]], panel: Panel) -> NDArray[np.float64]:
-    """(P, 6): x, its low and high, y, its low and high, for the points that have both."""
+    """(P, 6): x, its low and high, y, its low and high.
+
+    Points without x or y are left out.
+    """
     table = []
     for point in points:
         held = (point, panel.field) if panel.reward is None else (point["rewards"].get(panel.reward), "mean")
@@ -105,7 +114,10 @@ def _measured(points: Iterable[Mapping[str, Any]], panel: Panel) -> NDArray[np.f
 
 
 def _interval(fields: Mapping[str, Any] | None, key: str) -> tuple[float, ...]:
-    """(value, low, high), empty if unknown; a value without an interval is exact."""
+    """(value, low, high), or nothing if the value is unknown.
+
+    A value without an interval is exact.
+    """
     if fields is None or fields[key] is None:
         return ()
     ci = "ci95" if key == "mean" else f"{key}_ci95"
@@ -113,7 +125,10 @@ def _interval(fields: Mapping[str, Any] | None, key: str) -> tuple[float, ...]:
 
 
 def _draw(axes: Axes, panel: Panel, points: list[dict[str, Any]], marks: Mapping[str, Any], colour: str) -> Any:
-    """Draw one method of one run; returns its line for the legend, or None if it has no points here."""
+    """Draw one method of one run; return its line for the legend.
+
+    Returns None if it has no points here.
+    """
     x, x_low, x_high, y, y_low, y_high = _measured(points, panel).T
     if not len(x):
         return None
@@ -126,7 +141,10 @@ def _draw(axes: Axes, panel: Panel, points: list[dict[str, Any]], marks: Mapping
 
 
 def _draw_cursors(axes: Axes, panel: Panel, sweep: Sequence[dict[str, Any]], index: int) -> None:
-    """Transparent marks that the page's slider makes visible: element `cursor-INDEX-W` of the SVG."""
+    """Draw transparent marks that the page's slider makes visible.
+
+    They are elements `cursor-INDEX-W` of the SVG.
+    """
     for point in sweep:
         for x, _, _, y, _, _ in _measured([point], panel):
             look = {"gid": f"cursor-{index}-{point['w']:g}", "color": INK, "alpha": 0, "zorder": 4}

@@ -1,4 +1,7 @@
-"""Page of an evaluation: summary.json, curves, and a slider over w on its images."""
+"""Page of an evaluation: curves, and its images by w.
+
+A slider moves w. summary.json is written, too.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ from rlg.reports.evaluation_data import Run, read_run, reward_names
 from rlg.reports.evaluation_figures import draw_curves, method_names
 from rlg.reports.theme import STYLE, render, save
 
-MAX_TILES, MAX_SIDE = 24, 384  # images of the page, and pixels of an embedded image's longer side
-_MAX_PIXELS = 2**26  # of an image that is read: a PNG of a few kB may claim more
+MAX_TILES, MAX_SIDE = 24, 384  # images of the page; pixels of the longer side of an embedded image
+_MAX_PIXELS = 2**26  # pixels of an image that is read: a PNG of a few kB may claim more
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,16 @@ class Tile:
     prompt: str
     tag: str | None
     k: int
-    small: bool  # too few pixels to be smoothed when it is blown up
+    small: bool  # set if it has too few pixels to be smoothed when it is enlarged
     frames: dict[float, str]  # w -> data URI
     scores: dict[float, dict[str, float]]  # w -> rewards; empty where several seeds share the image's name
 
 
 def read_tiles(run: Run) -> list[Tile]:
-    """Up to MAX_TILES (prompt, k) with images, different prompts first; empty without an images folder."""
+    """Up to MAX_TILES (prompt, k) with images, different prompts first.
+
+    It is empty without an images folder.
+    """
     images: dict[tuple[int, int], list[Row]] = defaultdict(list)
     stops = {(point["method"], point["w"]) for point in run.curve(run.sweep)}
     for row in run.rows:
@@ -66,13 +72,19 @@ def _image(folder: Path, row: Row) -> Path:
 
 
 def _is_here(folder: Path, image: Path) -> bool:
-    """Whether there is such an image, and no link to one outside of the folder, which the page would give away."""
+    """Tell whether there is such an image in the folder.
+
+    A link may lead outside of the folder, and the page would give away that file.
+    """
     return image.is_file() and image.resolve().is_relative_to(folder.resolve())
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """A PNG. Raises ValueError for anything else, as soon as it is read."""
+    """Open a PNG.
+
+    Raises ValueError for anything else, as soon as it is read.
+    """
     try:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > _MAX_PIXELS:
@@ -83,7 +95,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _data_uri(path: Path) -> str:
-    """The PNG as it is, or a WebP of at most MAX_SIDE pixels if it is larger."""
+    """The PNG as it is, or a WebP of a large one.
+
+    The WebP has at most MAX_SIDE pixels a side.
+    """
     with _opened(path) as image:
         if max(image.size) <= MAX_SIDE:
             return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
@@ -94,16 +109,19 @@ def _data_uri(path: Path) -> str:
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Write the four files of one evaluation beside its scores, or into `output`; returns the page.
+    """Write the four files of one evaluation; return the page.
 
-    Raises ValueError for a folder that `rlg.evaluate` did not write.
+    They go beside its scores, or into `output`. Raises ValueError for a folder that `rlg.evaluate` did not write.
     """
     run = read_run(folder)
     return _write(output or folder, [run], read_tiles(run), run.summary)
 
 
 def write_joint_report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Write one page on several evaluations into `output` (default: `report` beside the first); returns the page."""
+    """Write one page on several evaluations; return the page.
+
+    It goes into `output` (default: `report` beside the first).
+    """
     runs = [read_run(folder) for folder in folders]
     count = Counter(run.name for run in runs)
     runs = [replace(run, name=f"{run.name} ({run.folder})") if count[run.name] > 1 else run for run in runs]

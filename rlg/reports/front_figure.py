@@ -13,7 +13,10 @@ from rlg.reports.theme import COLOURS, INK, MARKS, MUTED
 
 
 def draw_front(summary: Mapping[str, Any]) -> Figure:
-    """The two rewards against each other: every method over lambda, the experts, the base, models trained on a mix."""
+    """Draw two rewards against each other.
+
+    It shows every method over lambda, the experts, the base, and models trained on a mix.
+    """
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.add_subplot()
     names = summary["pareto"]["rewards"]
@@ -40,14 +43,17 @@ def draw_front(summary: Mapping[str, Any]) -> Figure:
 
 
 def _bars(axes: Any, points: Sequence[Sequence[Mapping[str, Any]]], colour: str) -> None:
-    """95% intervals of both rewards."""
+    """Draw the intervals of both rewards."""
     for x, y in points:
         axes.plot(x["ci95"], [y["mean"]] * 2, color=colour, alpha=0.2, linewidth=1)
         axes.plot([x["mean"]] * 2, y["ci95"], color=colour, alpha=0.2, linewidth=1)
 
 
 def _name_points(axes: Any, points: Mapping[Key, Any], scale: float, experts: Sequence[str]) -> None:
-    """The experts by their names, and lambda along the first front that is there, on its inner side."""
+    """Write names at the experts, and lambda along the first front.
+
+    The values of lambda are on the inner side of the front.
+    """
     look = {"textcoords": "offset points", "fontsize": 8.5, "zorder": 5}
     for w, name in enumerate(experts):
         if x_y := points.get((EXPERT, float(w))):

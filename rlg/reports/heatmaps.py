@@ -1,7 +1,7 @@
-"""Heat maps of a grid (the content of grid.json): a figure for each reward, and one page with all of them.
+"""Heat maps of a grid, one for each reward, and their page.
 
-A cell's colour is its paired difference to w = 1 of its row, so rows of different level compare: blue above, orange
-below, nothing at w = 1. The numbers come from `rlg.grid.tabulate`.
+The data is the content of grid.json, by `rlg.grid.tabulate`. A cell's colour is its paired difference to w = 1 of its
+row, so that rows of different level compare: blue is above, orange below, and w = 1 has none.
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ PAGE = "grid.html"
 AXIS_NAMES = {
     "cfg": "CFG scale",
     "kernel": "sampler",
-    "sampler": "sampler",  # in older files
+    "sampler": "sampler",  # name in older files
     "steps": "network evaluations",
     "schedule": "schedule of w",
     "none": "",
 }
-# Ends light enough for dark numbers; blue and orange are told apart by every kind of colour vision
+# The ends are light enough for dark numbers. Every kind of colour vision tells blue from orange.
 COLOURS = LinearSegmentedColormap.from_list("against_tuned", ["#ec8a45", "#f8f7f5", "#5ba7dc"])
-CELL_INK, CELL_MUTED = "#14181d", "#4d5661"  # apart from the report's: a cell's background stays light in the dark
+# not the report's colours, because a cell's background stays light in the dark
+CELL_INK, CELL_MUTED = "#14181d", "#4d5661"
 CELL_WIDTH, CELL_HEIGHT = 1.02, 0.66  # inches
 MAX_DECIMALS = 6
 
 
 def label_of(axis: str, row: Mapping[str, Any]) -> str:
-    """What a row is called: its value, or its network evaluations where these are what the row has in common."""
+    """Label of a row: its value, or its network evaluations.
+
+    The cells of a row of the axis `steps` have these in common.
+    """
     if axis == "steps":
         return f"{row['cells'][0]['nfe_per_image']:g}"
     if axis == "cfg":
@@ -48,12 +52,15 @@ def label_of(axis: str, row: Mapping[str, Any]) -> str:
 
 
 def decimals_of(largest: float) -> int:
-    """Decimals that show two digits of the largest difference."""
+    """Number of decimals that shows two digits of the largest difference."""
     return min(MAX_DECIMALS, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 2
 
 
 def draw(grid: Mapping[str, Any], reward: str) -> Figure:
-    """The heat map of one reward: w to the right, the axis upwards, in its order from the top."""
+    """Draw the heat map of one reward.
+
+    w goes to the right. The axis goes down from the top, in its order.
+    """
     rows, scales = grid["rows"], grid["scales"]
     delta_RW = np.array([[cell["rewards"][reward]["delta_vs_tuned"] for cell in row["cells"]] for row in rows])
     largest = float(np.abs(delta_RW).max())
@@ -96,7 +103,10 @@ def _dress(axes: Axes, grid: Mapping[str, Any], labels: Sequence[str]) -> None:
 
 
 def _always_tuned_outside(grid: Mapping[str, Any]) -> bool:
-    """Whether w = 0 is not the base in some row, as a schedule of w leaves steps to the tuned model."""
+    """Tell whether w = 0 is not the base in some row.
+
+    A schedule of w leaves steps to the tuned model.
+    """
     return grid["axis"] == "schedule" or not has_base(grid["meta"])
 
 
@@ -121,12 +131,15 @@ def _legend(grid: Mapping[str, Any]) -> str:
 
 
 def file_of(reward: str) -> str:
-    """A reward's name as a file's, without its ending."""
+    """File name of a reward, without its ending."""
     return re.sub(r"[^\w.-]", "_", reward)
 
 
 def write(grid: Mapping[str, Any], folder: Path) -> Path:
-    """Write REWARD.png and REWARD.svg for each reward, and the page with all of them; returns the page."""
+    """Write REWARD.png and REWARD.svg for each reward, and their page.
+
+    Returns the page.
+    """
     with matplotlib.rc_context(STYLE):
         figures = {reward: save(draw(grid, reward), folder / file_of(reward)) for reward in grid["units"]}
     html = render(

@@ -1,4 +1,4 @@
-"""How figures and pages look: one palette and one set of rules for every panel, and how they are written."""
+"""Look of figures and pages: one palette, and one set of rules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ COLOURS = {name: INK if m.mark.place is None else PALETTE[m.mark.place] for name
 
 
 def save(figure: Figure, stem: Path) -> str:
-    """Write STEM.png and STEM.svg; returns the SVG as `inline_svg` does. The same numbers make the same files."""
+    """Write STEM.png and STEM.svg; return the SVG as `inline_svg` does.
+
+    The same numbers make the same files.
+    """
     png, svg = (stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg"))
     figure.savefig(png, dpi=150)
     figure.savefig(svg, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
@@ -48,7 +51,10 @@ def save(figure: Figure, stem: Path) -> str:
 
 
 def inline_svg(svg: str) -> str:
-    """The <svg> element, its colours as CSS variables (it follows the page into the dark), its cursors left to CSS."""
+    """The <svg> element for a page.
+
+    Its colours are CSS variables, so that it follows the page into the dark. CSS shows its cursors.
+    """
     svg = re.sub(r'; stroke-opacity: 0(?=[;"])', "", svg[svg.index("<svg") :])
     names = {INK: "ink", MUTED: "muted", GRID: "line", FALL: "bad", "#ffffff": "panel"}
     names |= {colour: f"c{i}" for i, colour in enumerate(PALETTE)}
@@ -61,10 +67,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
-    """A page from a template in a folder; what is missing is an error, and text stays text.
+    """Render a template of a folder.
 
-    The filters `public` and `command` are for settings, which may hold paths and servers of this machine; `number` is
-    the one format of measured numbers, `ends` that of their intervals.
+    A missing value is an error, and text stays text. The filters `public` and `command` are for settings, which may
+    hold paths and servers of this machine. `number` is the one format of measured numbers, `ends` that of their
+    intervals.
     """
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)

@@ -1,4 +1,7 @@
-"""What an evaluation sends to Weights & Biases. Each bit of it is also in a file; the keys: docs/wandb.md."""
+"""Mirror of an evaluation on Weights & Biases.
+
+Everything that it sends is in a file, too. docs/wandb.md has the keys.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ _OF_REWARD = ("mean", "low", "high", "delta_vs_tuned", "win_vs_tuned", "win_vs_b
 
 @contextmanager
 def evaluation_run(tracking: Tracking | None, folder: Path, meta: Mapping[str, Any]) -> Iterator[Any]:
-    """Within, a W&B run is open for the evaluation in `folder`, None if there is no tracking. Raises ValueError."""
+    """Open a W&B run for the evaluation in `folder`, for the block.
+
+    Yields None if there is no tracking. Raises ValueError if W&B refuses.
+    """
     if tracking is None:
         yield None
         return
@@ -42,7 +48,10 @@ def evaluation_run(tracking: Tracking | None, folder: Path, meta: Mapping[str, A
 
 
 def log_evaluation(run: Any, folder: Path, tracking: Tracking) -> None:
-    """Send what the folder's files say: the curve, tables, figures, images with captions, the best w, the adapters."""
+    """Send the content of an evaluation's folder.
+
+    It is the curve, tables, figures, images with captions, the best w, and the adapters.
+    """
     import wandb
 
     from rlg.reports.evaluation_data import read_run
@@ -72,7 +81,10 @@ def log_evaluation(run: Any, folder: Path, tracking: Tracking) -> None:
 
 
 def point_table(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows) of summary.json's points; of a reward NAME the mean is `NAME`, the rest `NAME low` and so on."""
+    """(columns, rows) of summary.json's points.
+
+    For a reward NAME the mean is in `NAME`, and the rest in `NAME low` and so on.
+    """
     rewards = list(dict.fromkeys(name for point in points for name in point["rewards"]))
     of_rewards = [name if key == "mean" else f"{name} {key}" for name in rewards for key in _OF_REWARD]
     rows = []
@@ -87,13 +99,16 @@ def point_table(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
 
 
 def _values(point: Mapping[str, Any]) -> dict[str, float]:
-    """What a point of guidance has, as numbers: measures, and the mean of each reward."""
+    """Numbers of a point of guidance: measures, and means of rewards."""
     means = {name: fields["mean"] for name, fields in point["rewards"].items()}
     return {k: v for k, v in ({key: point.get(key) for key in _MEASURES} | means).items() if v is not None}
 
 
 def _row_table(rows: Sequence[Row], images: Mapping[Job, Path]) -> Any:
-    """A table of rows: those whose image is kept, filled up to MAX_ROWS with others, evenly spread."""
+    """A table of rows, at most MAX_ROWS.
+
+    Rows with an image come first. Others fill it up, evenly spread.
+    """
     import wandb
 
     with_image = [row for row in rows if job_of(row) in images][:MAX_ROWS]
@@ -110,7 +125,7 @@ def _row_table(rows: Sequence[Row], images: Mapping[Job, Path]) -> Any:
 
 
 def _images(folder: Path, rows: Sequence[Row], stops: Collection[tuple[str, float]]) -> dict[Job, Path]:
-    """The files of the images that were kept, of the curve's points (method, w)."""
+    """Files of the kept images of the curve's points (method, w)."""
     at = {job_of(r): folder / IMAGES / image_name(r.prompt_id, r.k, r.w) for r in rows if (r.method, r.w) in stops}
     return {job: file for job, file in at.items() if file.is_file()}
 

@@ -1,9 +1,10 @@
-"""The joined report of `rlg.reports.comparison_data` as a W&B Report, through wandb-workspaces.
+"""The report on several runs as a W&B Report, through wandb-workspaces.
 
     python -m rlg.report runs/A runs/sweeps/X --wandb ENTITY/PROJECT
 
-Text and tables are what the report here says; its figures are images of a run of job type `report`; panels read the
-project's runs of the same names and groups, where training and evaluation were mirrored there (docs/wandb.md).
+Text and tables are those of `rlg.reports.comparison_page`. Its figures are images of a run of job type `report`.
+Panels read the project's runs of the same names and groups, if training and evaluation were mirrored there
+(docs/wandb.md).
 """
 
 from __future__ import annotations
@@ -20,27 +21,31 @@ from rlg.io import tables
 from rlg.publishing import wandb_runs
 from rlg.publishing.model_card import text
 from rlg.reports import wandb_mirror
-from rlg.reports.comparison_data import BestOf, Material, Spot
+from rlg.reports.comparison_data import BestOf, Comparison, PlanePoint
 from rlg.stats import PERCENT, Estimate
 
-MAX_TITLE = 128  # W&B's
-MAX_ROWS = 200  # of a table; the csv has them all
+MAX_TITLE = 128  # W&B's limit
+MAX_ROWS = 200  # rows of a table; the csv has them all
 _TARGET = re.compile(r"[\w.-]+/[\w .-]+")
 
 
 @dataclass(frozen=True)
 class Content:
-    """What is published."""
+    """The content of a W&B Report."""
 
     title: str
-    material: Material
+    comparison: Comparison
     bests: Sequence[BestOf]
-    fronts: Mapping[tuple[str, str], tuple[Sequence[Spot], Sequence[str]]]  # (base, reward) -> (spots, settings mixed)
+    # (base, reward) -> (points, settings that differ)
+    fronts: Mapping[tuple[str, str], tuple[Sequence[PlanePoint], Sequence[str]]]
     figures: Mapping[str, Path]  # name -> png
 
 
 def check(target: str) -> None:
-    """Raise ValueError where nothing can be published: a wrong name, a missing package, no account, no network."""
+    """Raise ValueError if nothing can be published.
+
+    The cause is a wrong name, a missing package, no account or no network.
+    """
     if not _TARGET.fullmatch(target):
         raise ValueError(f"--wandb takes ENTITY/PROJECT, got {target!r}")
     try:
@@ -54,7 +59,10 @@ def check(target: str) -> None:
 
 
 def publish(content: Content, target: str) -> str:
-    """Upload the figures, save the report, and return its address. Raises ValueError for what W&B refuses."""
+    """Upload the figures, save the report, and return its address.
+
+    Raises ValueError if W&B refuses.
+    """
     import wandb_workspaces.reports.v2 as wr
 
     entity, project = target.split("/", 1)
@@ -67,7 +75,7 @@ def publish(content: Content, target: str) -> str:
             report.save()
     except ValueError:
         raise
-    except Exception as error:  # the package raises whatever its queries meet
+    except Exception as error:  # the package may raise anything in its queries
         raise ValueError(
             f"cannot publish to {target}: {' '.join(str(error).split()) or type(error).__name__}"
         ) from error
@@ -75,7 +83,10 @@ def publish(content: Content, target: str) -> str:
 
 
 def _upload(content: Content, entity: str, project: str) -> str | None:
-    """Log the figures as images; returns the run's id, None if there is no figure."""
+    """Log the figures as images; return the run's id.
+
+    Returns None if there is no figure.
+    """
     import wandb
 
     if not content.figures:
@@ -90,11 +101,14 @@ def _upload(content: Content, entity: str, project: str) -> str | None:
 
 
 def build(content: Content, entity: str, project: str, images: str | None) -> list[Any]:
-    """The report's blocks; `images` is the run that has the figures."""
+    """Blocks of the report.
+
+    images: the run that has the figures.
+    """
     import wandb_workspaces.reports.v2 as wr
 
-    material = content.material
-    counts = f"{len(material.entries)} runs, {len(material.evaluations)} evaluations"
+    comparison = content.comparison
+    counts = f"{len(comparison.entries)} runs, {len(comparison.evaluations)} evaluations"
     blocks: list[Any] = [wr.P(f"{counts}. Written by rlg from the runs' files."), wr.TableOfContents()]
     if images:
         shown = wr.Runset(entity, project, name="figures", filters=f"Metric('ID') == '{images}'")
@@ -104,57 +118,66 @@ def build(content: Content, entity: str, project: str, images: str | None) -> li
             for i, key in enumerate(keys)
         ]
         blocks += [wr.H2("Figures"), wr.PanelGrid(runsets=[shown], panels=panels, hide_run_sets=True)]
-    if material.entries:
+    if comparison.entries:
         blocks += [
             wr.H2("Runs"),
-            wr.MarkdownBlock(_runs_table(material)),
-            *_training_panels(material, entity, project),
+            wr.MarkdownBlock(_runs_table(comparison)),
+            *_training_panels(comparison, entity, project),
         ]
     if content.bests:
         blocks += [wr.H2("Best w"), wr.MarkdownBlock(_best_table(content.bests))]
-    for (base, reward), (spots, mixed) in content.fronts.items():
-        blocks += [wr.H2(f"Frontier of {reward} on {base}"), wr.MarkdownBlock(_front_table(spots, mixed))]
-    if material.evaluations:
+    for (base, reward), (points, mixed) in content.fronts.items():
+        blocks += [wr.H2(f"Frontier of {reward} on {base}"), wr.MarkdownBlock(_front_table(points, mixed))]
+    if comparison.evaluations:
         blocks += [wr.H2("Evaluations"), *_evaluation_panels(content, entity, project)]
     return blocks
 
 
 def _place(index: int, width: int, height: int) -> Any:
-    """The index-th place of a grid of 24 columns, filled row by row."""
+    """The index-th place of a grid of 24 columns.
+
+    It is filled row by row.
+    """
     import wandb_workspaces.reports.v2 as wr
 
     columns = 24 // width
     return wr.Layout(x=index % columns * width, y=index // columns * height, w=width, h=height)
 
 
-def _training_panels(material: Material, entity: str, project: str) -> list[Any]:
-    """Curves and parallel coordinates of the runs that were trained, from the project's own."""
+def _training_panels(comparison: Comparison, entity: str, project: str) -> list[Any]:
+    """Panels of the trainings: curves and parallel coordinates.
+
+    They read the project's own runs.
+    """
     import wandb_workspaces.reports.v2 as wr
 
-    names = [entry.name.rpartition("/")[2] for entry in material.entries if entry.metrics]
-    if not names or material.metric is None:
+    names = [entry.name.rpartition("/")[2] for entry in comparison.entries if entry.metrics]
+    if not names or comparison.metric is None:
         return []
     runs = wr.Runset(
         entity, project, name="training", filters=f"Metric('JobType') == 'train' and {_among('Name', names)}"
     )
     panels: list[Any] = [
-        wr.LinePlot(title=material.metric, x="Step", y=[material.metric], layout=_place(0, 12, 8)),
+        wr.LinePlot(title=comparison.metric, x="Step", y=[comparison.metric], layout=_place(0, 12, 8)),
         wr.LinePlot(title="reward against KL", x="kl", y=["reward"], layout=_place(1, 12, 8)),
     ]
-    if material.swept:
-        axes = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in material.swept]
-        axes.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(material.metric)))
+    if comparison.swept:
+        axes = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(name)) for name in comparison.swept]
+        axes.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(comparison.metric)))
         panels.append(wr.ParallelCoordinatesPlot(columns=axes, layout=wr.Layout(x=0, y=8, w=24, h=9)))
     return [wr.PanelGrid(runsets=[runs], panels=panels)]
 
 
 def _evaluation_panels(content: Content, entity: str, project: str) -> list[Any]:
-    """Curves along w, images and tables of the evaluations, from the project's own runs."""
+    """Panels of the evaluations: curves along w, images and tables.
+
+    They read the project's own runs.
+    """
     import wandb_workspaces.reports.v2 as wr
 
-    groups = list(dict.fromkeys(str(run.summary["meta"].get("name")) for run in content.material.evaluations))
+    groups = list(dict.fromkeys(str(run.summary["meta"].get("name")) for run in content.comparison.evaluations))
     chosen = f"Metric('JobType') == 'evaluate' and {_among('Group', groups)}"
-    points = [point for run in content.material.evaluations for point in run.summary["points"]]
+    points = [point for run in content.comparison.evaluations for point in run.summary["points"]]
     rewards = list(dict.fromkeys(name for point in points for name in point["rewards"]))
     panels: list[Any] = [wr.LinePlot(title=name, x="w", y=[f"guided/{name}"]) for name in rewards]
     panels += [wr.LinePlot(title=f"{name} against KL", x="guided/kl", y=[f"guided/{name}"]) for name in rewards]
@@ -168,7 +191,10 @@ def _evaluation_panels(content: Content, entity: str, project: str) -> list[Any]
 
 
 def _among(field: str, values: Sequence[str]) -> str:
-    """W&B's expression for a field that has one of some values; quotes and backslashes are Python's."""
+    """W&B's expression for a field that has one of some values.
+
+    Quotes and backslashes are Python's.
+    """
     return f"Metric({field!r}) in {list(values)!r}"
 
 
@@ -185,12 +211,12 @@ def _cell(value: Any) -> str:
     return text(f"{value:.4g}" if isinstance(value, (float, Estimate)) else value)
 
 
-def _runs_table(material: Material) -> str:
-    heads = ["run", "status", "iterations", material.metric or "metric", *material.swept]
+def _runs_table(comparison: Comparison) -> str:
+    heads = ["run", "status", "iterations", comparison.metric or "metric", *comparison.swept]
     rows = [
         [entry.name, entry.status, entry.metrics[-1].get("step") if entry.metrics else None, entry.metric]
-        + [entry.parameters[name] for name in material.swept]
-        for entry in material.ranked()
+        + [entry.parameters[name] for name in comparison.swept]
+        for entry in comparison.ranked()
     ]
     return _table(heads, rows)
 
@@ -222,15 +248,15 @@ def _best_table(bests: Sequence[BestOf]) -> str:
     return _table(heads, rows)
 
 
-def _front_table(spots: Sequence[Spot], mixed: Sequence[str]) -> str:
+def _front_table(points: Sequence[PlanePoint], mixed: Sequence[str]) -> str:
     rows = [
         [
-            spot.run.name,
-            spot.point["w"],
-            spot.point["kl"],
-            Estimate.of(spot.mean, spot.point["rewards"][spot.reward]["ci95"]),
+            point.run.name,
+            point.row["w"],
+            point.row["kl"],
+            Estimate.of(point.mean, point.row["rewards"][point.reward]["ci95"]),
         ]
-        for spot in spots
+        for point in points
     ]
     note = f"\n\nThe evaluations also differ in {text(', '.join(mixed))}." if mixed else ""
     return _table(["evaluation", "w", "KL (nats)", f"mean, {PERCENT}"], rows) + note

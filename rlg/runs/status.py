@@ -1,4 +1,7 @@
-"""State of every training, evaluation and sweep below a folder, read from its files."""
+"""State of all runs below a folder, read from their files.
+
+Runs are trainings, evaluations and sweeps.
+"""
 
 from __future__ import annotations
 
@@ -37,37 +40,38 @@ from rlg.runs.sweep_folder import FAILED, FINISHED, SWEEP, is_sweep, read_sweep
 
 TRAINING, EVALUATION, KIND_SWEEP, UNKNOWN = "training", "evaluation", "sweep", "unknown"
 RUNNING, STOPPED, DONE, BROKEN, FOREIGN = "running", "stopped", "done", "broken", "no run"
-TAIL = 1 << 16  # bytes of metrics.jsonl or scores.jsonl that are read: the last hundred rows or so
-_LARGEST = 1 << 24  # bytes of any other file
-_DEEPEST = 6  # folders below the one that is given
+TAIL = 1 << 16  # bytes that are read of metrics.jsonl or scores.jsonl: the last hundred rows or so
+_LARGEST = 1 << 24  # most bytes of any other file
+_DEEPEST = 6  # levels of folders below the given one
 _QUIET, _STEPS, _BATCH = 120.0, 5, 128  # seconds; steps; images that an evaluation makes between two writes
-_NO_RUNS = re.compile(rf"\..*|checkpoint-\d+|{SAMPLES}|{IMAGES}|logs|wandb|report")  # folders that hold none
+_NO_RUNS = re.compile(rf"\..*|checkpoint-\d+|{SAMPLES}|{IMAGES}|logs|wandb|report")  # folders that hold no runs
 _NAME_WIDTH, _NOTE_WIDTH = 46, 90
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run; what is not known is None."""
+    """State of one run; None stands for unknown values."""
 
     name: str  # path below the folder that was given
     kind: str = UNKNOWN
     state: str = FOREIGN
-    step: int | None = None  # of a training; images of an evaluation; runs of a sweep that have ended
-    total: int | None = None  # of those
+    step: int | None = None  # of a training; images of an evaluation; ended runs of a sweep
+    total: int | None = None  # steps, images or runs in all
     reward: float | None = None  # the last of a training, the best w's of an evaluation, the best of a sweep
     reward_name: str | None = None  # key of metrics.jsonl, name of a reward or metric
     seconds_per_step: float | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
     checkpoint: str | None = None  # name of the last one
-    idle_seconds: float | None = None  # since it last wrote
+    idle_seconds: float | None = None  # since its last write
     note: str = ""
 
 
 def collect(root: Path, now: float | None = None) -> list[list[Status]]:
-    """Runs below a folder (or the folder itself), each first in a group with what is inside of it.
+    """Groups of runs below a folder, or of the folder itself.
 
-    Running ones come first, then the most recent. Raises ValueError if there is no such folder.
+    A run is first in a group with the runs inside it. Running ones come first, then the most recent. Raises ValueError
+    if there is no such folder.
     """
     if not root.is_dir():
         raise ValueError(f"no such folder: {root}")
@@ -100,7 +104,7 @@ def _groups(folder: Path, root: Path, now: float, depth: int) -> Iterator[list[S
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Folders in a folder that may hold runs; links are not followed."""
+    """Folders in a folder that may hold runs, without links."""
     try:
         with os.scandir(folder) as entries:
             kept = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not _NO_RUNS.fullmatch(e.name)]
@@ -110,14 +114,14 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _read(folder: Path, root: Path, now: float) -> Status | None:
-    """The status of a folder, or None if it is no run."""
+    """The status of a folder; None if it is no run."""
     name = folder.name if folder == root else str(folder.relative_to(root))
     readers = {SWEEP: (_sweep, KIND_SWEEP), META: (_evaluation, EVALUATION), CONFIG: (_training, TRAINING)}
     for sign, (reader, kind) in readers.items():
         try:
             if os.path.lexists(folder / sign):
                 return reader(folder, name, now)
-        except Exception as error:  # whatever somebody else left there: it must not hide the other runs
+        except Exception as error:  # the folder may hold anything, which must not hide the other runs
             note = textwrap.shorten(f"{type(error).__name__}: {error}", _NOTE_WIDTH, placeholder=" ...")
             return Status(name, kind, BROKEN, note=note)
     return None
@@ -145,7 +149,7 @@ def _training(folder: Path, name: str, now: float) -> Status | None:
         TRAINING,
         state,
         step,
-        total if step <= total else None,  # resumed with more, and no checkpoint since
+        total if step <= total else None,  # the run was resumed with more steps, and has no checkpoint since
         reward,
         key,
         seconds_per_step=seconds,
@@ -157,7 +161,10 @@ def _training(folder: Path, name: str, now: float) -> Status | None:
 
 
 def _last_reward(trained: Any, rows: Sequence[dict[str, Any]]) -> tuple[str | None, float | None]:
-    """(key, value) of the first trained reward, on held-out prompts if it was evaluated, or of the total."""
+    """(key, value) of the last reward of a training.
+
+    It is the first trained reward, on held-out prompts if it was evaluated, or else the total.
+    """
     names = [str(name).partition("=")[0] for name in (trained if isinstance(trained, list) else [trained])]
     for key in (*(f"eval/{name}" for name in names[:1]), "reward"):
         known = [value for row in rows if (value := _number(row.get(key))) is not None]
@@ -167,10 +174,10 @@ def _last_reward(trained: Any, rows: Sequence[dict[str, Any]]) -> tuple[str | No
 
 
 def step_seconds(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Median seconds of a step over rows of metrics.jsonl; None where they do not say.
+    """Median seconds of a step over rows of metrics.jsonl.
 
-    `seconds` adds up over a run that counts `images`, and is that of one step where it does not; preference trainers
-    count `pairs` and time one.
+    It is None if they do not say. A run that counts `images` adds up `seconds`; in other runs `seconds` is that of one
+    step. Preference trainers count `pairs`, and time one.
     """
     after = [row for row in rows if row["step"] > 0]
     if not after:
@@ -203,7 +210,8 @@ def _evaluation(folder: Path, name: str, now: float) -> Status:
     last = [value for file in files for row in tail(file)[-_BATCH:] if (value := _number(row.get("seconds")))]
     seconds = statistics.fmean(last) if last else None
     idle = _idle_seconds([*files, folder / META, summary], now)
-    at_once = sum(file.name != ROWS for file in files)  # each process writes a file of its own, and they are joined
+    # each process writes a file of its own, and they are joined at the end
+    at_once = sum(file.name != ROWS for file in files)
     done = whole if total is None else step >= total and not at_once
     state = _state(folder, done, idle, _BATCH * (seconds or 0.0))
     at_once = max(1, at_once)
@@ -260,7 +268,10 @@ def _state(folder: Path, done: bool, idle: float, step: float) -> str:
 
 
 def _held(lock: Path) -> bool | None:
-    """Whether a process holds a lock file; None if there is none, or the file system has no locks."""
+    """Tell whether a process holds a lock file.
+
+    It is None if there is no file, or the file system has no locks.
+    """
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
@@ -277,13 +288,17 @@ def _held(lock: Path) -> bool | None:
 
 
 def tail(file: Path, size: int = TAIL) -> list[dict[str, Any]]:
-    """The rows in the last `size` bytes of a file with a JSON object a line; what is no object is left out."""
+    """Rows in the last `size` bytes of a file of JSON lines.
+
+    A line that is no JSON object is left out.
+    """
     if not file.is_file():
         return []
     with file.open("rb") as stream:
         end = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, end - size))
-        lines = stream.read(size).split(b"\n")  # what is cut off of the first one is no object: its braces don't match
+        # a first line that was cut is no object, because its braces don't match
+        lines = stream.read(size).split(b"\n")
     rows = []
     for line in lines:
         try:
@@ -296,7 +311,7 @@ def tail(file: Path, size: int = TAIL) -> list[dict[str, Any]]:
 
 def _lines(file: Path) -> int:
     with file.open("rb") as stream:
-        return sum(not line.isspace() for line in stream)  # an empty one ends a unit
+        return sum(not line.isspace() for line in stream)  # an empty line ends a unit
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -308,7 +323,10 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _check(file: Path) -> None:
-    """Raise ValueError for what should not be opened or is too large to read."""
+    """Raise ValueError for a file that is too large.
+
+    A folder or a named pipe is refused, too.
+    """
     if not file.is_file():
         raise ValueError(f"{file.name} is no file")
     if file.stat().st_size > _LARGEST:
@@ -330,12 +348,15 @@ def _number(value: Any) -> float | None:
 
 
 def printable(text: str) -> str:
-    """Text without what a terminal would obey or cannot show: control and direction characters, half surrogates."""
+    """The text without signs that a terminal would obey or cannot show.
+
+    They are control and direction characters, and half surrogates.
+    """
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them, in at most two units."""
+    """Seconds in words, in at most two units."""
     if seconds is None:
         return ""
     for unit, size, part, smaller in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):

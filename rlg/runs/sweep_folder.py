@@ -1,8 +1,8 @@
-"""A local sweep's folder: which runs there are, what each was given, and how it ended.
+"""A local sweep's folder: its runs, their parameters, and their ends.
 
-sweep.json   {"config": the sweep file's content, "seed", "runs": [SweepRun]}   what the sweep goes on from
+sweep.json   {"config": the sweep file's content, "seed", "runs": [SweepRun]}, from which the sweep goes on
 sweep.csv    a row a run: run, status, the metric by its name, the parameters, seconds, folder, error
-run-000/     what the program wrote (RLG_SWEEP_DIR/RLG_SWEEP_RUN)
+run-000/     files that the program wrote (RLG_SWEEP_DIR/RLG_SWEEP_RUN)
 logs/        run-000.out and run-000.err
 """
 
@@ -23,8 +23,8 @@ from rlg.io.run_folder import METRICS, SUMMARY
 
 SWEEP, TABLE, LOGS = "sweep.json", "sweep.csv", "logs"
 RUNNING, FINISHED, FAILED, INTERRUPTED = STATUSES = ("running", "finished", "failed", "interrupted")
-_NAME = re.compile(r"run-\d+")  # of a run: the command writes to the folder of that name
-_DECIDES = ("program", "command", "method", "metric", "parameters")  # another of these is another sweep
+_NAME = re.compile(r"run-\d+")  # name of a run: the command writes to the folder of that name
+_DECIDES = ("program", "command", "method", "metric", "parameters")  # with other values of these it is another sweep
 BEST = "best/"  # metric of an evaluation: best/REWARD is the highest mean of the guided points
 
 
@@ -32,7 +32,7 @@ BEST = "best/"  # metric of an evaluation: best/REWARD is the highest mean of th
 class SweepRun:
     """One run of a sweep."""
 
-    name: str  # of its folder
+    name: str  # name of its folder
     parameters: dict[str, Any]
     status: str = RUNNING
     metric: float | None = None  # None: not known
@@ -47,7 +47,8 @@ class Sweep:
     config: dict[str, Any]
     seed: int
     runs: list[SweepRun] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)  # sha256 of the program and the configs that runs are given
+    # sha256 of the program, and of the configs that runs are given
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def metric(self) -> str | None:
@@ -56,7 +57,10 @@ class Sweep:
 
     @property
     def maximise(self) -> bool:
-        """Whether more of the metric is better; W&B's default is less."""
+        """Tell whether more of the metric is better.
+
+        W&B's default is less.
+        """
         return (self.config.get("metric") or {}).get("goal") == "maximize"
 
     def best(self) -> SweepRun | None:
@@ -66,12 +70,15 @@ class Sweep:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether `rlg.sweep` wrote the folder."""
+    """Tell whether `rlg.sweep` wrote the folder."""
     return (folder / SWEEP).is_file()
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """The sweep of a folder. Raises ValueError for a file that is none."""
+    """Read the sweep of a folder.
+
+    Raises ValueError for a file of something else.
+    """
     file = folder / SWEEP
     try:
         row = read_json(file)
@@ -86,7 +93,10 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def check_metric(config: Any) -> None:
-    """Raise ValueError unless a sweep's config is a mapping, and its metric one with a name, if it has one."""
+    """Check the metric of a sweep's config.
+
+    Raises ValueError unless the config is a mapping, and its metric, if it has one, is one with a name.
+    """
     check_type("config", config, dict)
     check_type("metric", config.get("metric"), dict | None)
     if config.get("metric"):
@@ -104,10 +114,11 @@ def _check(run: SweepRun) -> None:
 
 
 def open_sweep(folder: Path, config: Mapping[str, Any], seed: int, files: Mapping[str, str] | None = None) -> Sweep:
-    """The sweep that a folder holds, to go on with, or a new one; writes nothing.
+    """The sweep in a folder, or a new one; writes nothing.
 
-    files: the sha256 of what runs are given. What was running when the sweep ended has been interrupted. Raises
-    ValueError if the folder holds something else, or runs that have finished with other files of the same names.
+    files: the sha256 of files that runs are given. Runs that were running when the sweep ended are now interrupted.
+    Raises ValueError if the folder holds something else, or runs that have finished with other files of the same
+    names.
     """
     files = dict(files or {})
     if not is_sweep(folder):
@@ -143,10 +154,10 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
 
 
 def history(folder: Path, metric: str) -> list[float]:
-    """Finite values of a metric in a run's folder, in order; empty if it has none.
+    """Finite values of a metric in a run's folder, in order.
 
-    Of a training run they are those of metrics.jsonl; of an evaluation `best/REWARD` is the highest mean of the
-    points of guidance in summary.json.
+    They are empty if it has none. Those of a training run are in metrics.jsonl. For an evaluation, `best/REWARD` is
+    the highest mean of the points of guidance in summary.json.
     """
     rows: Sequence[Any] = read_metrics(folder / METRICS)
     values = [row.get(metric) for row in rows]
@@ -160,7 +171,10 @@ def history(folder: Path, metric: str) -> list[float]:
 
 
 def best_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """best/REWARD, the highest mean of a summary.json's points of guidance, and best_w/REWARD, the w that has it."""
+    """best/REWARD and best_w/REWARD of a summary.json.
+
+    The first is the highest mean of the points of guidance, the second the w that has it.
+    """
     found: dict[str, float] = {}
     for point in (p for p in summary["points"] if method_of(p) == RLG):
         for name, fields in point["rewards"].items():
@@ -170,7 +184,10 @@ def best_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; none where there is no file. A line that was cut off, or is no row, is left out."""
+    """Rows of a metrics.jsonl; none where there is no file.
+
+    A line that was cut off, or is no row, is left out.
+    """
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     rows = []
     for line in lines:

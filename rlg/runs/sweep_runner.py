@@ -1,4 +1,7 @@
-"""Runner of local sweeps: it draws parameters, starts runs, and records how each ended."""
+"""Runner of local sweeps.
+
+It draws parameters, starts runs, and records how each ended.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +41,18 @@ from rlg.runs.sweep_folder import (
 )
 
 METHODS = ("grid", "random", "bayes")
-DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's
-_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")  # W&B's
+DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # as in W&B
+_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")  # as in W&B
 _OF_AGENTS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 POLL_SECONDS = 0.1
 _MAX_ERROR = 300  # characters of a failed run's last line
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """A sweep file. Raises ValueError, in one line, for what W&B's schema or this runner does not take."""
+    """Read a sweep file.
+
+    Raises ValueError, in one line, for content that W&B's schema or this runner refuses.
+    """
     config = read_yaml(path)
     if config.get("method") not in METHODS:
         raise ValueError(f"{path}: method must be one of {', '.join(METHODS)}, got {config.get('method')!r}")
@@ -59,10 +65,10 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         check_metric(config)
         found = _library().schema_violations_from_proposed_config(_known(config))
-    except Exception as error:  # its schema's checks, and what they meet in a file that is far from one
+    except Exception as error:  # checks of the schema raise many types for a file that is far from one
         found = [str(error)]
     if found:
-        raise ValueError(f"{path}: {found[-1]}")  # the last names the parameter
+        raise ValueError(f"{path}: {found[-1]}")  # the last one names the parameter
     if not Path(config["program"]).is_file():
         raise ValueError(f"{path}: no such program: {config['program']} (from {Path.cwd()})")
     if "early_terminate" in config:
@@ -71,14 +77,17 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The file without run_cap, which sweeps 0.2.0 does not know, but W&B and this runner do."""
+    """The file without run_cap.
+
+    W&B and this runner know it, but sweeps 0.2.0 does not.
+    """
     return {name: value for name, value in config.items() if name != "run_cap"}
 
 
 def _library() -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pydantic, about the style of its models
+            warnings.simplefilter("ignore")  # pydantic warns about the style of the library's models
             import sweeps
     except ImportError as error:
         raise ValueError(f"local sweeps need W&B's search library ({error}): {extras.install('sweep')}") from error
@@ -86,15 +95,15 @@ def _library() -> Any:
 
 
 def draw(sweep: Sweep, folder: Path) -> dict[str, Any] | None:
-    """Parameters of the next run, by the file's method; None when a grid is used up.
+    """Parameters of the next run, by the file's method.
 
-    They depend on (seed, number of runs so far) and, for bayes, on how those ended. Raises ValueError for parameters
-    that the method cannot draw.
+    It is None when a grid is used up. They depend on (seed, number of runs so far) and, for bayes, on how those ended.
+    Raises ValueError for parameters that the method cannot draw.
     """
     sweeps = _library()
     past = [_as_wandb(sweeps, sweep, run, folder) for run in sweep.runs]
     with _seeded(sweep.seed * 1_000_003 + len(sweep.runs)), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the fits of bayes
+        warnings.simplefilter("ignore")  # the fits of bayes warn
         (suggested,) = sweeps.next_runs(sweeps.SweepConfig(_known(sweep.config)), past, n=1)
     if suggested is None:
         return None
@@ -102,7 +111,10 @@ def draw(sweep: Sweep, folder: Path) -> dict[str, Any] | None:
 
 
 def _as_wandb(sweeps: Any, sweep: Sweep, run: SweepRun, folder: Path) -> Any:
-    """A run as the search library knows it; one whose metric is missing has failed."""
+    """A run as the search library knows it.
+
+    A run whose metric is missing has failed.
+    """
     values = history(folder / run.name, sweep.metric) if sweep.metric else []
     state = {FINISHED: "finished", FAILED: "failed"}.get(run.status, "running")
     if state == "finished" and sweep.metric and not values:
@@ -118,7 +130,10 @@ def _as_wandb(sweeps: Any, sweep: Sweep, run: SweepRun, folder: Path) -> Any:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Within, the global generators, which the search library draws from, begin at a seed; then they are put back."""
+    """Seed the global generators for the block, then put them back.
+
+    The search library draws from them.
+    """
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -134,9 +149,10 @@ def _plain(value: Any) -> Any:
 
 
 def command_line(config: Mapping[str, Any], parameters: Mapping[str, Any], more: Sequence[str] = ()) -> list[str]:
-    """What `wandb agent` would execute, with our own Python for ${interpreter} and `more` after ${args}.
+    """The command line that `wandb agent` would execute.
 
-    Raises ValueError for a macro that is not one of W&B's.
+    ${interpreter} is our own Python, and `more` follows ${args}. Raises ValueError for a macro that is not one of
+    W&B's.
     """
     pairs = [f"{name}={value}" for name, value in parameters.items()]
     flags = [f"--{n}" if value is True else f"--{n}={value}" for n, value in parameters.items() if value is not False]
@@ -163,7 +179,10 @@ def command_line(config: Mapping[str, Any], parameters: Mapping[str, Any], more:
 
 
 def files_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of the program, and of every file that its command line or its parameters name."""
+    """sha256 of the program and of every file of a run.
+
+    The command line or the parameters name the file.
+    """
     given = [value for each in config["parameters"].values() for value in (each.get("value"), *each.get("values", ()))]
     command = config.get("command") or ()
     words = [config["program"], *(command.split() if isinstance(command, str) else command), *given]
@@ -172,7 +191,7 @@ def files_of(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def go_on(folder: Path) -> list[str]:
-    """Options with which a program goes on from what an earlier attempt left in the run's folder.
+    """Options with which a program goes on after an earlier attempt.
 
     A trainer resumes from its last checkpoint, and begins anew if there is none yet; an evaluation needs no option.
     """
@@ -193,7 +212,10 @@ class Job:
 
 @dataclass
 class Runner:
-    """Executes a sweep in its folder, `parallel` runs at a time, until it has `limit` runs (None: until it ends)."""
+    """Executor of a sweep in its folder.
+
+    It runs `parallel` runs at a time, until there are `limit` runs (None: until the sweep ends).
+    """
 
     sweep: Sweep
     folder: Path
@@ -207,7 +229,10 @@ class Runner:
         self.jobs: list[Job] = []
 
     def execute(self) -> None:
-        """Run what is left. On KeyboardInterrupt the runs are asked to stop, waited for, and marked interrupted."""
+        """Run what is left.
+
+        On KeyboardInterrupt the runs are asked to stop, waited for, and marked interrupted.
+        """
         total = self.limit if self.limit is not None else _grid_size(self.sweep.config)
         done = len(self.sweep.runs) - len(self.waiting)
         with tqdm(total=total, initial=done, desc=self.folder.name, unit="run") as bar:
@@ -222,7 +247,7 @@ class Runner:
                 write_sweep(self.folder, self.sweep)
 
     def _fill(self) -> bool:
-        """Start runs while there is room; whether one was started."""
+        """Start runs while there is room; tell whether one was started."""
         started = False
         while len(self.jobs) < self.parallel and (run := self._next()) is not None:
             self._start(run)
@@ -236,7 +261,7 @@ class Runner:
             return None
         parameters = draw(self.sweep, self.folder)
         if parameters is None:
-            self.limit = len(self.sweep.runs)  # a grid that is used up
+            self.limit = len(self.sweep.runs)  # the grid is used up
             return None
         self.sweep.runs.append(SweepRun(f"run-{len(self.sweep.runs):03d}", parameters))
         return self.sweep.runs[-1]
@@ -266,7 +291,7 @@ class Runner:
         return {"RLG_REPORT_TO": "none"} | environment | ours | {"PATH": os.pathsep.join(paths)}
 
     def _collect(self, bar: tqdm) -> None:
-        """Take note of the runs that have ended."""
+        """Record the runs that have ended."""
         for job in [job for job in self.jobs if job.process.poll() is not None]:
             self.jobs.remove(job)
             self._conclude(job, FINISHED if job.process.returncode == 0 else FAILED)
@@ -287,7 +312,10 @@ class Runner:
             run.error = f"it left no {self.sweep.metric}"
 
     def _stop(self) -> None:
-        """Ask all runs to stop, wait until they have saved, and write down what became of them; again: kill them."""
+        """Ask all runs to stop, and wait until they have saved.
+
+        It records how each ended. A second interruption kills them.
+        """
         try:
             self._signal(signal.SIGINT)
             while any(_alive(job.process) for job in self.jobs):
@@ -307,7 +335,10 @@ class Runner:
 
 
 def _alive(process: subprocess.Popen) -> bool:
-    """Whether a process of its group still works: a launcher may end before the trainer that it launched has saved."""
+    """Tell whether a process of its group still works.
+
+    A launcher may end before the trainer that it launched has saved.
+    """
     if process.poll() is None:
         return True
     import psutil  # accelerate brings it
@@ -322,14 +353,20 @@ def _alive(process: subprocess.Popen) -> bool:
 
 
 def last_line(file: Path) -> str:
-    """The last line of a log that says something, cut to a readable length; progress bars write \\r for new lines."""
+    """The last line of a log that says something.
+
+    It is cut to a readable length. Progress bars write \\r for new lines.
+    """
     lines = re.split(r"[\r\n]+", file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else []
     said = [line.strip() for line in lines if line.strip()]
     return said[-1][:_MAX_ERROR] if said else ""
 
 
 def _grid_size(config: Mapping[str, Any]) -> int | None:
-    """Number of points of a grid of listed values; None where it is not that simple."""
+    """Number of points of a grid of listed values.
+
+    It is None for a grid with other parameters.
+    """
     entries = config["parameters"].values()
     if config["method"] != "grid" or any("values" not in entry and "value" not in entry for entry in entries):
         return None

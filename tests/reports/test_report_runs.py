@@ -154,7 +154,7 @@ def test_the_frontier_by_hand(tmp_path: Path) -> None:
     found = planes(collect([a, b, c]).evaluations)
     assert sorted(found) == [("another", "fit"), ("tiny", "fit")]
     front = frontier(found["tiny", "fit"])
-    assert [(spot.run.summary["adapter"], spot.point["w"], spot.point["kl"]) for spot in front] == [
+    assert [(point.run.summary["adapter"], point.row["w"], point.row["kl"]) for point in front] == [
         (META["adapter"], 0, 0),
         (META["adapter"], 1, 2),
         ("b", 1, 3),
@@ -171,9 +171,9 @@ def test_a_sweep(tmp_path: Path) -> None:
         SweepRun("run-002", {"beta": 1.0, "kind": "v", "fixed": 1}, "failed", None, error="boom"),
     ]
     write_sweep(tmp_path / "s", Sweep(config, 0, made))
-    material = collect([tmp_path / "s"])
-    assert (material.metric, material.maximise, material.swept) == ("loss", False, ["beta", "kind"])
-    assert [entry.name for entry in material.ranked()] == ["run-001", "run-000", "run-002"]
+    comparison = collect([tmp_path / "s"])
+    assert (comparison.metric, comparison.maximise, comparison.swept) == ("loss", False, ["beta", "kind"])
+    assert [entry.name for entry in comparison.ranked()] == ["run-001", "run-000", "run-002"]
     page = write_runs_report([tmp_path / "s"])
     assert page.parent == tmp_path / "s" / "report"
     assert [r["loss"] for r in table(page.parent)] == ["0.2", "0.5", ""]
