@@ -1,1 +1,1 @@
-"""The app: a slider over w, in the browser."""
+"""App in the browser: a slider over w."""

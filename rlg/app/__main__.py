@@ -1,4 +1,6 @@
-"""A page with a slider over w: the same noise under several w, side by side, in the browser.
+"""Serve a page with images of one noise at several w.
+
+A slider moves w.
 
 python -m rlg.app --ckpt runs/NAME/checkpoint-N
 """
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlg.app.generator import MAX_TEXT, Shot, Studio, load_experts
+from rlg.app.generator import MAX_TEXT, ImageGenerator, ImageRequest, load_experts
 from rlg.app.page import LOOPBACK, Page, build, gradio_module, launch
 from rlg.cli import fail_cleanly
 from rlg.evaluation.naming import home_of, labels_of, short_names
@@ -29,8 +31,11 @@ from rlg.tasks import prompt_sets
 _EXAMPLES = 6
 
 
-def load(options: AppOptions) -> tuple[Studio, Page]:
-    """Models, rewards and what the page begins with. Raises ValueError for what does not fit together."""
+def load(options: AppOptions) -> tuple[ImageGenerator, Page]:
+    """Load models and rewards, and the start of the page.
+
+    Raises ValueError for options that do not fit together.
+    """
     import rewards
 
     device = device_of(options.device)
@@ -49,7 +54,7 @@ def load(options: AppOptions) -> tuple[Studio, Page]:
     like_the_run = {name: own.get(name) for name in ("t5_length", "vae_dtype")}
     policy = Policy.load(bases[options.ckpt[0]], own.get("dtype", "float32"), device, **like_the_run)
     experts = load_experts(policy, models)
-    studio = Studio(
+    generator = ImageGenerator(
         policy,
         experts,
         reward,
@@ -60,21 +65,21 @@ def load(options: AppOptions) -> tuple[Studio, Page]:
     )
     texts = [prompts[i].text for i in spread(prompts, _EXAMPLES)] if prompts else []
     texts = [text for text in texts if len(text) <= MAX_TEXT] or ["a photo of a red circle"]
-    shot = Shot(
-        texts[0], "", 0, 1, min(own.get("steps", 20), options.max_steps), own.get("cfg", 1.0), _sampler(own, studio)
+    request = ImageRequest(
+        texts[0], "", 0, 1, min(own.get("steps", 20), options.max_steps), own.get("cfg", 1.0), _sampler(own, generator)
     )
     labels = labels_of([(home_of(model)[0], Path(model.path).name) for model in models])
     labels = short_names(labels) if len(labels) > 1 else labels
-    return studio, Page(bases[options.ckpt[0]], tuple(labels), tuple(texts), shot, options.max_w)
+    return generator, Page(bases[options.ckpt[0]], tuple(labels), tuple(texts), request, options.max_w)
 
 
-def _sampler(own: dict[str, Any], studio: Studio) -> str:
-    return own["kernel"] if own.get("kernel") in studio.samplers else "ode"
+def _sampler(own: dict[str, Any], generator: ImageGenerator) -> str:
+    return own["kernel"] if own.get("kernel") in generator.samplers else "ode"
 
 
 def run(options: AppOptions) -> None:
     """Load, build and serve."""
-    gradio_module()  # missing? say so before gigabytes are read
+    gradio_module()  # if it is missing, say so before gigabytes are read
     blocks = build(*load(options))
     if options.host not in (LOOPBACK, "localhost", "::1"):
         print(
@@ -85,7 +90,7 @@ def run(options: AppOptions) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     with fail_cleanly():
         run(COMMAND.parse(argv))
 

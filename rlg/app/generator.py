@@ -1,9 +1,13 @@
-"""What the demo app makes: images of one prompt at several w, from one or several adapters, and their rewards.
+"""Images of one prompt at several w, with rewards, for the app.
 
 Guidance is `rlg.guidance.guided` on the project's own samplers, so that an image here is the one that an evaluation
-makes of the same noise: base + w * sum_i s_i (expert_i - base), with the experts' shares s_i adding up to one (of two
-experts, the blend of `rlg.guidance.blend`). Memory is bounded: one column of images at a time, and the last few are
-kept, so that moving w makes one new column and not all of them.
+makes of the same noise:
+
+    base + w * sum_i s_i (expert_i - base)
+
+The shares s_i of the experts add up to one; of two experts it is the blend of `rlg.guidance.blend`. Memory is bounded:
+one column of images is made at a time, and the last few are kept. So moving w makes one new column, and not all of
+them.
 
 Legend: K images of a column, E experts.
 """
@@ -38,13 +42,16 @@ KEPT = 16  # columns of images
 
 
 @dataclass(frozen=True)
-class Shot:
-    """What a visitor asks for, besides w. Raises ValueError for what is out of bounds."""
+class ImageRequest:
+    """A visitor's request for images, without w.
+
+    Raises ValueError for values that are out of bounds.
+    """
 
     prompt: str
     negative: str  # prompt of the unconditional pass; without effect at CFG 1
     seed: int
-    k: int  # images
+    k: int  # images of a column
     steps: int
     cfg: float
     sampler: str
@@ -68,11 +75,14 @@ class Column:
     """The images of one w."""
 
     images: tuple[Image.Image, ...]  # K of them
-    scores: tuple[dict[str, float], ...]  # of each; without the rewards that cannot judge this prompt
+    scores: tuple[dict[str, float], ...]  # of each image; without rewards that cannot judge this prompt
 
 
 def scales_of(text: str, w: float, largest: float) -> list[float]:
-    """The w to show, in order: those of a text such as "0, 1" and the one of the slider. Raises ValueError."""
+    """The w to show, in order.
+
+    They are those of a text such as "0, 1" and the one of the slider. Raises ValueError for a wrong or too large w.
+    """
     try:
         numbers = [float(part) for part in text.replace(",", " ").split()]
     except ValueError:
@@ -87,14 +97,20 @@ def scales_of(text: str, w: float, largest: float) -> list[float]:
 
 
 def weights_of(w: float, shares: Sequence[float]) -> tuple[float, ...]:
-    """(E,) guidance weights: w, divided by shares. Raises ValueError unless these are >= 0 and one is positive."""
+    """(E,) guidance weights: w, divided by shares.
+
+    Raises ValueError unless the shares are >= 0 and one is positive.
+    """
     if not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares) > 0:
         raise ValueError("the shares of the adapters must be at least 0, and one of them above 0")
     return tuple(w * share / sum(shares) for share in shares)
 
 
-class Studio:
-    """A policy with its experts, which makes columns of images, one caller at a time."""
+class ImageGenerator:
+    """Maker of columns of images, with a policy and its experts.
+
+    It serves one caller at a time.
+    """
 
     def __init__(
         self,
@@ -111,7 +127,7 @@ class Studio:
         self.level, self.max_steps = level, max_steps
         self.resolution, self.shape = resolution, policy.latent_shape(resolution)
         self.samplers = tuple(kernel for kernel in KERNELS if self._has(kernel))
-        self._kept: OrderedDict[tuple[Shot, tuple[float, ...]], Column] = OrderedDict()
+        self._kept: OrderedDict[tuple[ImageRequest, tuple[float, ...]], Column] = OrderedDict()
         self._lock = threading.Lock()  # the network's adapters are switched on and off in place
 
     def _has(self, kernel: str) -> bool:
@@ -121,25 +137,30 @@ class Studio:
             return False
         return True
 
-    def column(self, shot: Shot, weights: tuple[float, ...], tick: Callable[[], None] = lambda: None) -> Column:
-        """The images of one w; `tick` is called before each denoising step. Raises ValueError for a bad setting."""
-        if not 1 <= shot.steps <= self.max_steps:
-            raise ValueError(f"between 1 and {self.max_steps} steps, got {shot.steps}")
-        if shot.sampler not in self.samplers:
-            raise ValueError(f"unknown sampler {shot.sampler[:20]!r}; known: {', '.join(self.samplers)}")
-        key = (shot, weights)
+    def column(
+        self, request: ImageRequest, weights: tuple[float, ...], tick: Callable[[], None] = lambda: None
+    ) -> Column:
+        """The images of one w.
+
+        `tick` is called before each denoising step. Raises ValueError for a bad setting.
+        """
+        if not 1 <= request.steps <= self.max_steps:
+            raise ValueError(f"between 1 and {self.max_steps} steps, got {request.steps}")
+        if request.sampler not in self.samplers:
+            raise ValueError(f"unknown sampler {request.sampler[:20]!r}; known: {', '.join(self.samplers)}")
+        key = (request, weights)
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._make(shot, weights, tick)
+                self._kept[key] = self._make(request, weights, tick)
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
             return self._kept[key]
 
     @torch.no_grad()
-    def _make(self, shot: Shot, weights: tuple[float, ...], tick: Callable[[], None]) -> Column:
-        negative = self.policy.encode([shot.negative])
-        models = (with_cfg(model, negative, shot.cfg) for model in (self.policy.reference, *self.experts))
+    def _make(self, request: ImageRequest, weights: tuple[float, ...], tick: Callable[[], None]) -> Column:
+        negative = self.policy.encode([request.negative])
+        models = (with_cfg(model, negative, request.cfg) for model in (self.policy.reference, *self.experts))
         base, *experts = models
         guided = Guided(base, tuple(experts), weights)
 
@@ -147,14 +168,17 @@ class Studio:
             tick()
             return guided(x_BCHW, t_B, cond)
 
-        noise = SampleNoise([SampleId(shot.seed, 0, k) for k in range(shot.k)], self.shape, self.policy.device)
-        schedule = self.policy.schedule(shot.steps, shot.sampler, self.level, resolution=self.resolution)
-        latents = sampling.sample(ticking, schedule, self.policy.encode([shot.prompt] * shot.k), noise)
+        noise = SampleNoise([SampleId(request.seed, 0, k) for k in range(request.k)], self.shape, self.policy.device)
+        schedule = self.policy.schedule(request.steps, request.sampler, self.level, resolution=self.resolution)
+        latents = sampling.sample(ticking, schedule, self.policy.encode([request.prompt] * request.k), noise)
         pixels_K3HW = self.policy.decode(latents, batch=1).cpu()
-        return Column(tuple(map(to_pil, pixels_K3HW)), self._scores(pixels_K3HW, shot.prompt))
+        return Column(tuple(map(to_pil, pixels_K3HW)), self._scores(pixels_K3HW, request.prompt))
 
     def unscorable(self, prompt: str) -> dict[str, str]:
-        """Reward -> why it cannot judge this prompt, of those that know it before they see an image."""
+        """Reasons by reward why it cannot judge this prompt.
+
+        Only rewards that know it before they see an image are in it.
+        """
         if self.reward is None:
             return {}
         metadata = self.metadata.get(prompt.strip(), {})
@@ -173,9 +197,10 @@ class Studio:
 
 
 def load_experts(policy: Policy, models: Sequence[TunedModel]) -> list[Predictor]:
-    """Load one tuned model of any kind, or several adapters; what predicts as each of them.
+    """Load one tuned model of any kind, or several adapters.
 
-    Raises ValueError for one that does not fit the policy's model, and for more than MAX_EXPERTS.
+    Returns a predictor for each. Raises ValueError for one that does not fit the policy's model, and for more than
+    MAX_EXPERTS.
     """
     if len(models) > MAX_EXPERTS:
         raise ValueError(f"{len(models)} --ckpt are given; at most {MAX_EXPERTS} blend")

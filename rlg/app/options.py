@@ -11,7 +11,10 @@ from rlg.config_parser import Command, option
 
 @dataclass(frozen=True, kw_only=True)
 class AppOptions:
-    """Options of the page; None stands for the run's own setting. Raises ValueError for what makes no page."""
+    """Options of the page; None stands for the run's own setting.
+
+    Raises ValueError for options that make no page.
+    """
 
     ckpt: tuple[str, ...] = option((), TUNED_HELP + "; several blend", metavar="TUNED", repeat=True)
     base: str | None = option(None, "base model (default: the one that the adapter was trained on)")

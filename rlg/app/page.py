@@ -1,13 +1,13 @@
-"""A page with a slider: one prompt, the same noise, and the images of several w side by side, in the browser.
+"""Page with a slider over w: images of one noise.
 
     pip install '.[app]'
     python -m rlg.app --ckpt runs/NAME/checkpoint-N                              # then open http://127.0.0.1:7860
     python -m rlg.app --ckpt runs/A/checkpoint-N --ckpt runs/B/checkpoint-N      # a share for each of several adapters
 
 It runs on this machine and for it: it listens on loopback unless --host says otherwise, makes no tunnel, loads nothing
-from elsewhere and reports to nobody. One image is made at a time, the others wait in a queue of limited length; what a
-visitor may ask for is bounded (`rlg.app.generator`), pages of other sites are refused (`rewards.server.callers`), and
-nothing that is made is written to disk.
+from elsewhere and reports to nobody. It makes one image at a time; other requests wait in a queue of limited length.
+`rlg.app.generator` bounds a visitor's request, and `rewards.server.callers` refuses pages of other sites. It writes no
+image to disk.
 """
 
 from __future__ import annotations
@@ -26,30 +26,42 @@ from typing import Any
 from PIL import Image
 
 from rlg import extras
-from rlg.app.generator import MAX_CFG, MAX_IMAGES, MAX_TEXT, Column, Shot, Studio, scales_of, weights_of
+from rlg.app.generator import (
+    MAX_CFG,
+    MAX_IMAGES,
+    MAX_TEXT,
+    Column,
+    ImageGenerator,
+    ImageRequest,
+    scales_of,
+    weights_of,
+)
 from rlg.reports.theme import render
 
 TEMPLATES = Path(__file__).parent / "templates"
 LOOPBACK = "127.0.0.1"
 _WAITING = 8  # visitors in the queue
 _SMALL = 256  # pixels: images up to this side are sent as PNG, whose pixels the page then shows as they are
-_SEEDS = 2**31  # that the page draws from
+_SEEDS = 2**31  # seeds that the page draws from
 _EMPTY = '<div class="rlg-empty">Write a prompt, choose w, and press Generate.</div>'
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the page begins with."""
+    """Content of the page at its start."""
 
     base: str
-    labels: tuple[str, ...]  # of the adapters
+    labels: tuple[str, ...]  # names of the adapters
     examples: tuple[str, ...]  # prompts
-    shot: Shot
+    request: ImageRequest
     max_w: float
 
 
 def strip(scales: Sequence[float], columns: Sequence[Column], chosen: float, note: str, blend: bool = False) -> str:
-    """HTML of images side by side, the best score of each row of images marked."""
+    """HTML of images side by side.
+
+    The best score of each row of images is marked.
+    """
     rows = []
     for w, column in zip(scales, columns, strict=True):
         images = []
@@ -73,42 +85,49 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def answer(studio: Studio, page: Page, values: Sequence[Any], progress: Callable[..., Any]) -> str:
-    """The strip for what the page's inputs hold, in the order of `_inputs`. Raises ValueError for what is refused."""
+def answer(generator: ImageGenerator, page: Page, values: Sequence[Any], progress: Callable[..., Any]) -> str:
+    """Make the strip for the values of the page's inputs.
+
+    They are in the order of `_controls`. Raises ValueError for values that are refused.
+    """
     prompt, w, compare, k, steps, cfg, negative, sampler, seed, *shares = values
     numbers = [value for value in (w, k, steps, cfg, seed, *shares)]
     if any(isinstance(v, bool) or not isinstance(v, (int, float)) or v != v or abs(v) > 2**63 for v in numbers):
         raise ValueError("w, images, steps, CFG, seed and shares must be numbers")
-    shot = Shot(
+    request = ImageRequest(
         str(prompt or "").strip(), str(negative or ""), int(seed), int(k), int(steps), float(cfg), str(sampler)
     )
     scales, started, done = scales_of(str(compare or ""), w, page.max_w), time.perf_counter(), 0
 
     def tick() -> None:
         nonlocal done
-        progress((done, len(scales) * shot.steps), desc=f"w = {scales[len(columns)]:g}", unit="steps")
+        progress((done, len(scales) * request.steps), desc=f"w = {scales[len(columns)]:g}", unit="steps")
         done += 1
 
     columns: list[Column] = []
     for each in scales:
-        columns.append(studio.column(shot, weights_of(each, shares or (1.0,)), tick))
-        done = len(columns) * shot.steps
-    cfg_said = "" if shot.cfg == 1 else f", CFG {shot.cfg:g}"
+        columns.append(generator.column(request, weights_of(each, shares or (1.0,)), tick))
+        done = len(columns) * request.steps
+    cfg_said = "" if request.cfg == 1 else f", CFG {request.cfg:g}"
     seconds = time.perf_counter() - started
     unable = "".join(
-        f"; {name} cannot judge this prompt: {why}" for name, why in studio.unscorable(shot.prompt).items()
+        f"; {name} cannot judge this prompt: {why}" for name, why in generator.unscorable(request.prompt).items()
     )
-    note = f"“{shot.prompt}”, seed {shot.seed}, {shot.steps} {shot.sampler} steps{cfg_said}; {seconds:.1f} s{unable}"
+    how = f"seed {request.seed}, {request.steps} {request.sampler} steps{cfg_said}"
+    note = f"“{request.prompt}”, {how}; {seconds:.1f} s{unable}"
     return strip(scales, columns, w, note, blend=len(shares) > 1)
 
 
-def build(studio: Studio, page: Page) -> Any:
-    """The page, a gradio.Blocks with its queue. Raises ValueError if gradio is not installed."""
+def build(generator: ImageGenerator, page: Page) -> Any:
+    """Build the page, a gradio.Blocks with its queue.
+
+    Raises ValueError if gradio is not installed.
+    """
     gr = gradio_module()
 
     def generate(*values: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008 - how gradio hands it over
         try:
-            return answer(studio, page, values, progress)
+            return answer(generator, page, values, progress)
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
@@ -116,7 +135,7 @@ def build(studio: Studio, page: Page) -> Any:
         gr.HTML(_heading(page))
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320):
-                inputs, asked = _controls(gr, studio, page)
+                inputs, asked = _controls(gr, generator, page)
             with gr.Column(scale=9, min_width=480):
                 output = gr.HTML(_EMPTY, elem_id="images")
         options = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "one"}
@@ -134,10 +153,13 @@ def _heading(page: Page) -> str:
     )
 
 
-def _controls(gr: Any, studio: Studio, page: Page) -> tuple[list[Any], list[Any]]:
-    """(inputs in the order of `answer`, the events that ask for images)."""
-    shot = page.shot
-    prompt = gr.Textbox(shot.prompt, label="Prompt", lines=2, max_length=MAX_TEXT, elem_id="prompt")
+def _controls(gr: Any, generator: ImageGenerator, page: Page) -> tuple[list[Any], list[Any]]:
+    """Make the controls.
+
+    Returns (inputs in the order of `answer`, the events that ask for images).
+    """
+    request = page.request
+    prompt = gr.Textbox(request.prompt, label="Prompt", lines=2, max_length=MAX_TEXT, elem_id="prompt")
     w = gr.Slider(0, page.max_w, min(1.5, page.max_w), step=0.05, label="w", elem_id="w")
     shares = (
         [
@@ -151,15 +173,15 @@ def _controls(gr: Any, studio: Studio, page: Page) -> tuple[list[Any], list[Any]
         button = gr.Button("Generate", variant="primary", scale=3, min_width=120, elem_id="generate")
         dice = gr.Button("New seed", scale=2, min_width=90, elem_id="dice")
     with gr.Row():
-        seed = gr.Number(shot.seed, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
-        k = gr.Slider(1, MAX_IMAGES, shot.k, step=1, label="Images", min_width=120, elem_id="k")
+        seed = gr.Number(request.seed, label="Seed", precision=0, minimum=0, min_width=120, elem_id="seed")
+        k = gr.Slider(1, MAX_IMAGES, request.k, step=1, label="Images", min_width=120, elem_id="k")
     with gr.Accordion("Sampling", open=False):
         compare = gr.Textbox("0 1", label="Side by side with w =", max_length=80, elem_id="compare")
-        steps = gr.Slider(1, studio.max_steps, shot.steps, step=1, label="Steps", elem_id="steps")
-        sampler = gr.Dropdown(list(studio.samplers), value=shot.sampler, label="Sampler", elem_id="sampler")
-        cfg = gr.Slider(1, MAX_CFG, shot.cfg, step=0.1, label="CFG (1 is off)", elem_id="cfg")
+        steps = gr.Slider(1, generator.max_steps, request.steps, step=1, label="Steps", elem_id="steps")
+        sampler = gr.Dropdown(list(generator.samplers), value=request.sampler, label="Sampler", elem_id="sampler")
+        cfg = gr.Slider(1, MAX_CFG, request.cfg, step=0.1, label="CFG (1 is off)", elem_id="cfg")
         negative = gr.Textbox(
-            shot.negative, label="Negative prompt", max_length=MAX_TEXT, visible=shot.cfg > 1, elem_id="negative"
+            request.negative, label="Negative prompt", max_length=MAX_TEXT, visible=request.cfg > 1, elem_id="negative"
         )
     if page.examples:
         gr.Examples([[text] for text in page.examples], [prompt], label="Prompts", api_visibility="private")
@@ -172,7 +194,7 @@ def _controls(gr: Any, studio: Studio, page: Page) -> tuple[list[Any], list[Any]
 
 
 def gradio_module() -> Any:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
         import gradio
     except ImportError as error:
@@ -181,9 +203,10 @@ def gradio_module() -> Any:
 
 
 def launch(blocks: Any, host: str, port: int, wait: bool = True) -> str:
-    """Serve the page, until Ctrl-C if `wait`; returns its address. Raises OSError for a port that is taken.
+    """Serve the page; return its address.
 
-    On loopback the page answers to the names of this machine alone, so that no other site's can pass for it.
+    It serves until Ctrl-C if `wait`. On loopback the page answers to the names of this machine alone, so that no other
+    site's can pass for it. Raises OSError for a port that is taken.
     """
     gr = gradio_module()
     from starlette.middleware import Middleware
@@ -191,7 +214,7 @@ def launch(blocks: Any, host: str, port: int, wait: bool = True) -> str:
     from rewards.server.callers import SameSite
     from rewards.server.wire import is_loopback
 
-    system = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # names: nothing is fetched
+    system = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # names alone, so that nothing is fetched
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=system[0], font_mono=system[1])
     _, url, _ = blocks.launch(
         server_name=host,
@@ -202,7 +225,7 @@ def launch(blocks: Any, host: str, port: int, wait: bool = True) -> str:
         show_error=True,
         footer_links=[],
         run_history=False,
-        max_file_size=1,  # bytes: nothing here takes files, and gradio would
+        max_file_size=1,  # bytes; nothing here takes files, but gradio would
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,

@@ -1,10 +1,11 @@
-"""What guidance and training cost: side by side in one run, with intervals. A benchmark is a command, never a test.
+"""Cost of guidance and training, side by side, with intervals.
 
     python -m rlg.benchmark guidance --base tiny-sd3     # cost against fidelity, for every way to run guidance
     python -m rlg.benchmark grpo --base tiny-sd3         # an iteration by phase, against a plain reference
     python -m rlg.benchmark growth                        # evaluation: more prompts, more scales, more processes
 
-Each is a module of its own, imported when it is asked for: this is an entry point, and the second one needs a trainer.
+A benchmark is a command, never a test. Each is a module of its own, imported on demand, because the second one needs a
+trainer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; each command has a --help of its own."""
+    """Run the command line; each command has its own --help."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         command, module = COMMANDS[argv[0]]

@@ -1,4 +1,7 @@
-"""Peak of what tensors hold during a call: to the byte and repeatable, unlike the resident set of a process."""
+"""Peak of the bytes that tensors hold during a call.
+
+It is exact to the byte and repeatable, unlike the resident set of a process.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from rlg.benchmark.timing import peak_memory
 
 
 def peak_allocated(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Bytes at the peak of one call, of what it allocated itself; the profiler slows a call on a CPU down.
+    """Bytes that one call allocated itself, at its peak.
 
-    Of a GPU the caching allocator's, of a CPU that of torch, without what a kernel takes for itself.
+    On a GPU they are the caching allocator's. On a CPU they are torch's, without the workspace of a kernel, and the
+    profiler slows the call down.
     """
     gc.collect()
     if torch.device(device).type == "cuda":

@@ -1,9 +1,9 @@
-"""Published architectures with random weights: speed and memory are those of the real model, without a download.
+"""Published architectures with random weights.
 
-The numbers are the config.json files of stabilityai/stable-diffusion-3.5-medium, stable-diffusion-v1-5 and
-stabilityai/stable-diffusion-xl-base-1.0. Tokenizers are stand-ins (captions come out as other tokens, padded to the
-real lengths), and every scheduler is the one whose table `rlg.diffusion.process` makes. NAME-tiny has the same config
-keys with fewer and narrower layers, for tests on a CPU.
+Speed and memory are those of the real model, without a download. The numbers are the config.json files of
+stabilityai/stable-diffusion-3.5-medium, stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0. Tokenizers
+are stand-ins: captions come out as other tokens, padded to the real lengths. Every scheduler is the one whose table
+`rlg.diffusion.process` makes. NAME-tiny has the same config keys with fewer and narrower layers, for tests on a CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from rlg.tinyworld.networks import build_tokenizer
 Config = Mapping[str, Any]
 
 _CLIP_TOKENS = 77
-_LORA_STD = 0.01  # of B, so that base and tuned model differ
+_LORA_STD = 0.01  # std of B, so that base and tuned model differ
 _SD_SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -56,7 +56,7 @@ _SD_SCHEDULER = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the config files of a pipeline say."""
+    """Content of the config files of a pipeline."""
 
     # (architecture, autoencoder, tokenizer, with T5) -> pipeline
     assemble: Callable[[Architecture, AutoencoderKL, CLIPTokenizer, bool], DiffusionPipeline]
@@ -117,7 +117,10 @@ def _joint_transformer(
 
 
 def _unet(widths: tuple[int, ...], attends: tuple[bool, ...], side: int, text: int, **extra: Any) -> Config:
-    """attends: whether each level cross-attends, from the finest."""
+    """Config of a U-Net.
+
+    attends: for each level, from the finest, whether it cross-attends.
+    """
     down = tuple("CrossAttnDownBlock2D" if each else "DownBlock2D" for each in attends)
     up = tuple("CrossAttnUpBlock2D" if each else "UpBlock2D" for each in reversed(attends))
     sizes = {"sample_size": side, "in_channels": 4, "out_channels": 4, "layers_per_block": 2}
@@ -244,11 +247,11 @@ def random_policy(
     t5: bool = True,
     seed: int = 0,
 ) -> Policy:
-    """A policy of a published architecture: random weights of the seed, with a LoRA that is not zero (rank, alpha 2x).
+    """A policy of a published architecture, with random weights.
 
-    t5: whether SD3 gets its third text encoder, 4.8 billion weights; without it its 256 tokens are zero, and collapsed
-    to one (`rlg.models.backbones.sd3`), which is a cheaper network. Raises ValueError for an unknown architecture or
-    dtype.
+    It has a LoRA that is not zero (rank, alpha 2x). t5: whether SD3 gets its third text encoder, of 4.8 billion
+    weights. Without it its 256 tokens are zero, and collapsed to one (`rlg.models.backbones.sd3`), which is a cheaper
+    network. Raises ValueError for an unknown architecture or dtype.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
@@ -270,7 +273,10 @@ def random_policy(
 
 @contextmanager
 def _made_as(dtype: torch.dtype, device: torch.device | str) -> Iterator[None]:
-    """Within, modules are made in this precision and place: never first in fp32, nor first on the CPU."""
+    """Make modules in this precision and place, for the block.
+
+    They are never first in fp32, nor first on the CPU.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,12 +1,12 @@
-"""How the cost of an evaluation grows: with prompts, with the number of w, and with processes.
+"""Growth of the cost of an evaluation, with prompts, w and processes.
 
     python -m rlg.benchmark growth --base tiny-sd3
 
-Cost should be a fixed part and a part for each image: a line through the measured costs says by how much they leave
-it at most. Memory should not grow at all: images are scored, written and let go in units of a batch, and what remains
-of an image is its row, some 0.5 kB where all rows are read at once (the report). A network's weights are random but
-for the base: cost does not depend on them. On a CPU seconds are the process's own; a process more is timed by the
-wall clock besides, which says something only where there is a core for each.
+The cost should be a fixed part and a part for each image. A line is fitted to the measured costs, and the largest
+distance from it is reported. Memory should not grow: images are scored, written and let go in units of a batch. The
+rest of an image is its row, some 0.5 kB where all rows are read at once (the report). Only the base's weights are read
+from a file; others are random, because cost does not depend on them. On a CPU seconds are the process's own. Runs of
+several processes have wall seconds, too, which mean something only with a core for each process.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ from rlg.models.loading import device_of
 from rlg.models.policy import Policy
 from rlg.tasks import prompt_sets
 
-LINEAR = 0.05  # costs that leave the line by no more than this share are linear
+LINEAR = 0.05  # distance from the line, as a share, up to which costs count as linear
 
 
 @dataclass(frozen=True)
 class Line:
-    """cost = fixed + per_unit * x, and the largest share by which a measured cost differs from it."""
+    """A line: cost = fixed + per_unit * x.
+
+    worst: the largest share by which a measured cost differs from it.
+    """
 
     fixed: float
     per_unit: float
@@ -55,7 +58,7 @@ class Line:
 
     @property
     def linear(self) -> bool:
-        """Whether the costs lie on it, within 5%."""
+        """Tell whether the costs lie on it, within 5%."""
         return self.worst <= LINEAR
 
 
@@ -85,7 +88,10 @@ class Growth:
 
 
 def policy_with_lora(options: RandomModelOptions) -> Policy:
-    """--arch or --base with a LoRA that is not zero. Raises ValueError for a model that is not there."""
+    """The model of --arch or --base, with a nonzero LoRA.
+
+    Raises ValueError for a model that is not there.
+    """
     if options.arch:
         return random_policy(options.arch, options.dtype, options.device, options.lora_rank, t5=not options.no_t5)
     policy = Policy.load(options.base, options.dtype, options.device)
@@ -109,7 +115,10 @@ class Bench:
         self.policy = policy_with_lora(options)
 
     def evaluate(self, prompts: int, scales: int, rank: int = 0, world: int = 1) -> None:
-        """Make, score and write the images of some prompts at some w, each a blend of two passes."""
+        """Make, score and write the images of some prompts and w.
+
+        Each image is a blend of two passes.
+        """
         if prompts > len(self.prompts):
             raise ValueError(f"{self.options.prompts} holds {len(self.prompts)} prompts, and {prompts} are asked for")
         options = self.options
@@ -142,7 +151,10 @@ class Bench:
 
 
 def share(options: GrowthOptions, prompts: int, scales: int, rank: int, world: int) -> tuple[float, float]:
-    """(wall, CPU) seconds of one process's share, after a first image; the body of a process."""
+    """(wall, CPU) seconds of one process's share of an evaluation.
+
+    It is the body of a process, and makes an image before the clock starts.
+    """
     torch.set_num_threads(1)
     bench = Bench(options)
     bench.evaluate(1, 1)
@@ -150,7 +162,10 @@ def share(options: GrowthOptions, prompts: int, scales: int, rank: int, world: i
 
 
 def processes(options: GrowthOptions, worlds: Sequence[int]) -> dict[int, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of every process, by how many there are; all of them have one thread."""
+    """(wall, CPU) seconds of every process, by the number of processes.
+
+    Each process has one thread.
+    """
     prompts, scales = options.num_prompts * max(options.growth), options.num_w[0]
     found = {}
     for world in worlds:
@@ -161,7 +176,7 @@ def processes(options: GrowthOptions, worlds: Sequence[int]) -> dict[int, list[t
 
 
 def shown(growth: Growth) -> str:
-    """Markdown: a table and what it means."""
+    """A table in Markdown, and its meaning in words."""
     costs = [f"{s:.3g}" for s in growth.seconds]
     text = tables.markdown([growth.of, *map(str, growth.sizes)], [["s", *costs]])
     line, working, resident = growth.line, growth.working_bytes, growth.resident_bytes
@@ -176,7 +191,7 @@ def shown(growth: Growth) -> str:
 
 
 def shown_processes(found: Mapping[int, Sequence[tuple[float, float]]]) -> str:
-    """Markdown: a row for each number of processes."""
+    """A table in Markdown: a row for each number of processes."""
     one = found[min(found)]
     lines = []
     for world, rows in found.items():
@@ -186,7 +201,7 @@ def shown_processes(found: Mapping[int, Sequence[tuple[float, float]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     with fail_cleanly():
         run(GROWTH.parse(argv))
 
@@ -195,7 +210,7 @@ def run(options: GrowthOptions) -> None:
     """Measure, print and, with --output, write."""
     for name in ("growth", "num_w"):
         sizes = getattr(options, name)
-        fit(sizes, np.ones(len(sizes)))  # too few are refused before anything runs
+        fit(sizes, np.ones(len(sizes)))  # refuses too few sizes before anything runs
     options = replace(options, device=device_of(options.device))
     check_new(options.output, options.overwrite)
     bench = Bench(options)

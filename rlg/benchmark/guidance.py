@@ -1,17 +1,15 @@
-"""Cost against fidelity, for every way to run guidance (`rlg.guidance.modes`), side by side in one run.
+"""Cost against fidelity, for every way to run guidance (`rlg.guidance.modes`).
 
     python -m rlg.benchmark guidance --ckpt runs/NAME/checkpoint-N --w 3 --budget 1.25
     python -m rlg.benchmark guidance --base tiny-sd3               # a random LoRA: cost and distance, no rewards
     python -m rlg.benchmark guidance --arch sd35-medium --dtype bfloat16 --resolution 512 --compile    # random weights
 
-Exact modes are timed at each of --batch_sizes: cost, images a second, model FLOP utilisation (`rlg.benchmark.flops`)
-and where images a second saturate; with --compile also under torch.compile, on a second policy. Not so one batch for
-both
-models: its rows are told apart by hooks, and torch.compile does not look whether those have changed.
-
---budget chooses, within that cost, the mode that keeps most of the reward's gain and the one that is nearest to full
-guidance: a mode may gain as much by other images. They are chosen on prompts and noise of their own, so that what is
-reported of them comes from other prompts and another seed. Writes results.json, table.md, cost.png and cost.svg.
+Exact modes are timed at each of --batch_sizes: cost, images a second, model FLOP utilisation (`rlg.benchmark.flops`),
+and the batch at which images a second saturate. --compile times them also under torch.compile, on a second policy. It
+leaves out the mode of one batch for both models: hooks tell its rows apart, and torch.compile does not see when hooks
+change. --budget chooses two modes within that cost: the one that keeps most of the reward's gain, and the one nearest
+to full guidance. They are chosen on other prompts and another seed than those of the report. The command writes
+results.json, table.md, cost.png and cost.svg.
 """
 
 from __future__ import annotations
@@ -45,13 +43,13 @@ from rlg.tasks import prompt_sets
 
 DEFAULT_MODES = ("reuse:2", "reuse:4", "reuse:2:linear", "reuse_at:0", "reuse_at:0,1", "scaled", "scaled_but:0")
 _CALIBRATION_SEED = 1_000_000  # added to the seed
-COMPILED = ", compiled"  # behind a mode's name
-_LORA_STD = 0.02  # of B, where the LoRA is random
+COMPILED = ", compiled"  # suffix of a mode's name
+_LORA_STD = 0.02  # std of B, where the LoRA is random
 _SWEEP = (0.0, 0.5, 1.0, 1.5, 2.0)  # scales of the sweep that is timed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     with fail_cleanly():
         options = complete(GUIDANCE.parse(argv))
         reward = None
@@ -63,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def complete(options: GuidanceOptions) -> GuidanceOptions:
-    """The same arguments, with the run's own settings where there were none. Raises ValueError."""
+    """Complete the options by the run's own settings.
+
+    Raises ValueError for options that do not fit.
+    """
     if options.arch and (options.ckpt or options.base):
         raise ValueError(f"--arch {options.arch} has random weights; leave it or --ckpt and --base out")
     if not (options.arch or options.ckpt or options.base):
@@ -82,7 +83,7 @@ def complete(options: GuidanceOptions) -> GuidanceOptions:
     known = run_settings(Path(options.ckpt)) if options.ckpt else {}
     if options.prompts:
         known.pop("prompt_column", None)
-    known.pop("dtype", None)  # a CPU is slow in the precision that a run was trained in
+    known.pop("dtype", None)  # a CPU is slow in the precision of a training
     fallback = {
         "prompts": ORIGIN,
         "steps": 10,
@@ -98,7 +99,10 @@ def complete(options: GuidanceOptions) -> GuidanceOptions:
 
 
 def load(options: GuidanceOptions) -> Policy:
-    """The model that is measured. Raises ValueError if it is missing or does not fit."""
+    """Load the model that is measured.
+
+    Raises ValueError if it is missing or does not fit.
+    """
     if options.arch:
         return random_policy(options.arch, options.dtype, options.device, options.lora_rank)
     tuned = resolve(options.ckpt) if options.ckpt else None
@@ -115,7 +119,10 @@ def load(options: GuidanceOptions) -> Policy:
 
 
 def run(options: GuidanceOptions, reward: Any | None) -> Path:
-    """Measure, choose and write; returns the folder. Raises ValueError for what does not fit."""
+    """Measure, choose and write; return the folder.
+
+    Raises ValueError for options that do not fit.
+    """
     folder = output_of(options)
     prompts = prompt_sets.load(options.prompts, options.prompt_column)
     ids = spread(prompts, options.num_prompts)
@@ -156,7 +163,10 @@ def run(options: GuidanceOptions, reward: Any | None) -> Path:
 
 
 def output_of(options: GuidanceOptions) -> Path:
-    """The folder. Raises ValueError if it holds results, and they were not given up."""
+    """The folder to write to.
+
+    Raises ValueError if it holds results, and may not be overwritten.
+    """
     model = options.arch or (Path(options.ckpt).resolve().parent.name if options.ckpt else Path(options.base).name)
     name = f"guidance-{model}-{options.kernel}{options.steps}-cfg{options.cfg:g}-w{options.w:g}-seed{options.seed}"
     folder = options.output or Path("runs/benchmarks") / name
@@ -166,7 +176,10 @@ def output_of(options: GuidanceOptions) -> Path:
 
 
 def split(ids: Sequence[int], options: GuidanceOptions) -> tuple[list[int], list[int]]:
-    """(prompts to choose a mode on, prompts to measure on): without a common one, each spread over the set."""
+    """(prompts to choose a mode on, prompts to measure on).
+
+    They have none in common. Each part is spread over the set.
+    """
     if options.budget is None:
         return [], list(ids)
     if len(ids) <= options.calibration_prompts:
@@ -178,17 +191,23 @@ def split(ids: Sequence[int], options: GuidanceOptions) -> tuple[list[int], list
 
 
 def samples_of(prompt_ids: Sequence[int], k: int, seed: int) -> list[SampleId]:
-    """The images of some prompts."""
+    """Identities of the images of some prompts."""
     return [SampleId(seed, prompt, i) for prompt in prompt_ids for i in range(k)]
 
 
 def exact_modes(bench: Bench) -> list[str]:
-    """Those that are full guidance, to rounding; a full network can't be switched within a batch."""
+    """Modes that equal full guidance, to rounding.
+
+    A full network can't be switched within a batch.
+    """
     return [FULL] if bench.policy.tuned is not None else [FULL, FULL + BATCH]
 
 
 def calibrate(bench: Bench, options: GuidanceOptions, prompt_ids: Sequence[int]) -> dict[str, Any]:
-    """The modes that a budget buys, and what was known of all when they were chosen; ValueError if it buys none."""
+    """Choose the modes that a budget buys.
+
+    Returns them with the measurements behind the choice. Raises ValueError if the budget buys none.
+    """
     ids = samples_of(prompt_ids, options.k, options.seed + _CALIBRATION_SEED)
     within = candidates(bench.schedule, options.cfg, options.w, bench.policy.tuned is not None, options.budget)
     names = list(dict.fromkeys([BASE, TUNED, FULL, *within]))
@@ -212,7 +231,10 @@ def _found(result: Result, clock: str) -> str:
 
 
 def compiled(options: GuidanceOptions, prompts: Sequence[Prompt], settings: CostSettings) -> Bench:
-    """The same model once more, its network compiled: the first passes of each batch size take minutes."""
+    """The same model once more, with its network compiled.
+
+    The first passes of each batch size take minutes.
+    """
     bench = Bench(load(options), prompts, settings, None)
     for network in (bench.policy.network, bench.policy.tuned):
         if network is not None:
@@ -245,13 +267,16 @@ def batches(
 
 
 def saturates(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """The batch size by mode beyond which images a second hardly grow."""
+    """The batch size by mode beyond which throughput hardly grows."""
     names = rows[0]["cost"] if rows else ()
     return {name: flops.saturates_at({row["batch"]: row["images_per_second"][name] for row in rows}) for name in names}
 
 
 def sweeps(bench: Bench, options: GuidanceOptions) -> dict[str, Any]:
-    """Seconds of a sweep over w: each w on its own, all in one batch, and with a shared first step."""
+    """Seconds of a sweep over w, run in three ways.
+
+    They are each w on its own, all in one batch, and all with a shared first step.
+    """
     ids = samples_of([0], max(1, options.batch_size // len(_SWEEP)), options.seed)
     contenders: dict[str, Callable[[], object]] = {
         TUNED: lambda: bench.denoise(TUNED, ids),

@@ -1,11 +1,11 @@
-"""What each way to run guidance costs, and how much of full guidance it keeps, mode beside mode on the same noise.
+"""Cost and fidelity of each way to run guidance, on one noise.
 
     cost        seconds of the denoising loop / those of the tuned model alone (one pass with its CFG), batch by batch
-    kept        (R_mode - R_base) / (R_full - R_base), means over the same images; 1 is all of what guidance brings
+    kept        (R_mode - R_base) / (R_full - R_base), means over the same images; 1 is all of the gain of guidance
     beyond      (R_mode - R_tuned) / (R_full - R_tuned): of what w adds to the tuned model, where it adds anything
     distance    |x0_mode - x0_full| / |x0_tuned - x0_full|, root mean squares of latents: 0 is full guidance, 1 is w=1
 
-Text is encoded before and images are decoded after the clock. Modes take turns on every batch
+Text is encoded before the clock starts, and images are decoded after it stops. Modes take turns on every batch
 (`rlg.benchmark.timing.turns`), so a busy machine slows all of them. Intervals are over batches (cost) and prompts (the
 rest), by `rlg.stats`.
 
@@ -44,7 +44,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CostSettings:
-    """What decides the images."""
+    """Settings that decide the images."""
 
     w: float
     steps: int
@@ -57,29 +57,32 @@ class CostSettings:
 
 @dataclass(frozen=True)
 class Result:
-    """One mode."""
+    """Cost and fidelity of one mode."""
 
     mode: str
     exact: bool
     nfe: float  # network evaluations an image
     seconds: float  # an image, median over batches
-    cost: Estimate  # of wall clocks
-    cpu_cost: Estimate  # of this process's CPU seconds
+    cost: Estimate  # by the wall clock
+    cpu_cost: Estimate  # by this process's CPU seconds
     peak_bytes: int | None
     distance: Estimate
     reward: float | None = None  # mean
-    to_full: Estimate | None = None  # reward - that of full guidance, paired
+    to_full: Estimate | None = None  # reward less that of full guidance, paired
     kept: Estimate | None = None
     beyond: Estimate | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; an interval is {"mean", "low", "high"}."""
+        """Plain values of its fields.
+
+        An interval is {"mean", "low", "high"}.
+        """
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What one mode made."""
+    """Images of one mode, with their cost."""
 
     latents_NCHW: Tensor
     evaluations: int
@@ -89,7 +92,10 @@ class Samples:
 
 
 class Bench:
-    """One policy, its prompts and a reward. Raises ValueError for settings that do not fit it."""
+    """One policy with its prompts and a reward.
+
+    Raises ValueError for settings that do not fit it.
+    """
 
     def __init__(self, policy: Policy, prompts: Sequence[Prompt], settings: CostSettings, reward: RewardMix | None):
         self.policy, self.prompts, self.settings, self.reward = policy, prompts, settings, reward
@@ -107,7 +113,10 @@ class Bench:
 
     @torch.no_grad()
     def denoise(self, name: str, ids: Sequence[SampleId], w: float | None = None) -> tuple[Tensor, int]:
-        """(latents, network evaluations) of one batch in one mode; "base" is w = 0."""
+        """(latents, network evaluations) of one batch in one mode.
+
+        The mode "base" is w = 0.
+        """
         models = self._models()
         w = self.settings.w if w is None else w
         mode, w = (FULL, 0.0) if name == BASE else (name, w)
@@ -116,7 +125,10 @@ class Bench:
 
     @torch.no_grad()
     def denoise_sweep(self, scales: Sequence[float], ids: Sequence[SampleId], shared: bool) -> Tensor:
-        """Latents of several w in one batch, image after image; `shared`: see `guidance_modes.sweep`."""
+        """Latents of several w in one batch, image after image.
+
+        shared: see `rlg.guidance.modes.sweep`.
+        """
         rows = [each for each in ids for _ in scales]
         w_B = torch.tensor([float(w) for _ in ids for w in scales])
         models = self._models()
@@ -132,12 +144,15 @@ class Bench:
         return sampling.sample(predict, self.schedule, cond, noise)
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise ValueError for a mode that does not exist or fit, before anything is run."""
+        """Raise ValueError for a mode that does not exist or fit.
+
+        It comes before anything is run.
+        """
         for name in names:
             Mode.parse(name).begin(self._models(), self.settings.w, self.schedule, [SampleId(0, 0, 0)])
 
     def run(self, names: Sequence[str], ids: Sequence[SampleId]) -> dict[str, Samples]:
-        """Every mode on every image, batch by batch in turn."""
+        """Run every mode on every image, in turn on each batch."""
         made: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in names}
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for r, batch in enumerate(self.batches(ids)):
@@ -161,12 +176,18 @@ class Bench:
         return next(iter(scores.parts.values())).double().numpy()
 
     def peaks(self, names: Sequence[str], ids: Sequence[SampleId]) -> dict[str, int | None]:
-        """Bytes at each mode's peak over one batch: a warm-up, too."""
+        """Bytes at each mode's peak over one batch.
+
+        It is a warm-up, too.
+        """
         return {name: timing.peak_memory(partial(self.denoise, name, ids), self.policy.device) for name in names}
 
 
 def compare(samples: dict[str, Samples], ids: Sequence[SampleId], peaks: dict[str, int | None]) -> list[Result]:
-    """A result for each mode; among them are the base, the tuned model and full guidance."""
+    """Results of each mode.
+
+    The base, the tuned model and full guidance are among them.
+    """
     prompt_N = [each.prompt for each in ids]
     full, tuned, base = samples[FULL], samples[TUNED], samples[BASE]
     results = []
@@ -196,29 +217,34 @@ def compare(samples: dict[str, Samples], ids: Sequence[SampleId], peaks: dict[st
 
 
 def share(part_N: Array, whole_N: Array, prompt_N: Sequence[int]) -> Estimate | None:
-    """mean(part) / mean(whole), with an interval over prompts, paired; None where the whole has no sign of its own.
+    """mean(part) / mean(whole), paired, with an interval over prompts.
 
-    That is where its own interval reaches 0: a share of what may be nothing says nothing.
+    It is None where the interval of the whole reaches 0: a share of nothing would say nothing.
     """
     found = ratio(summed(part_N, prompt_N), summed(whole_N, prompt_N))
     return found if np.isfinite([found.low, found.high]).all() else None
 
 
 def distance(x_NCHW: Tensor, full_NCHW: Tensor, tuned_NCHW: Tensor, prompt_N: Sequence[int]) -> Estimate:
-    """Root mean square distance to full guidance, of that of the tuned model; with an interval over prompts."""
+    """Distance to full guidance, as a share of the tuned model's.
+
+    Distances are root mean squares. The interval is over prompts.
+    """
     squares = (((each - full_NCHW) ** 2).flatten(1).mean(dim=1).double().numpy() for each in (x_NCHW, tuned_NCHW))
     own, tuned = (summed(square_N, prompt_N) for square_N in squares)
     if own.mean == 0 or tuned.mean == 0:
         return Estimate(*[0.0 if own.mean == 0 else float("inf")] * 3)
     residual_G = own.residual_G / own.mean - tuned.residual_G / tuned.mean
-    log = Estimated(float(np.log(own.mean / tuned.mean)), residual_G).interval()  # of what cannot be negative
+    # in logarithms, because a distance is not negative
+    log = Estimated(float(np.log(own.mean / tuned.mean)), residual_G).interval()
     return Estimate(*(float(np.exp(end / 2)) for end in (log.mean, log.low, log.high)))
 
 
 def candidates(schedule: Schedule, cfg: float, w: float, full: bool, budget: float) -> list[str]:
-    """Modes and parameters that a budget may choose from, without those of too many passes (with some room).
+    """Modes and parameters that a budget may choose from.
 
-    full: whether the tuned model is a full network, which has no LoRA to scale.
+    Those of too many passes (with some room) are left out. full: whether the tuned model is a full network, which has
+    no LoRA to scale.
     """
     steps = len(schedule)
     listed = ("0", "1", "2", "0,1", "0,2", "0,3", "1,3", "1,4", "2,5", "0,1,2", "0,1,3", "0,2,5", "0,1,2,3", "0,1,3,6")
@@ -236,16 +262,16 @@ def candidates(schedule: Schedule, cfg: float, w: float, full: bool, budget: flo
 
 
 def _passes(mode: Mode, schedule: Schedule) -> float:
-    """Passes a step, those of the tuned model being 1."""
+    """Passes a step; those of the tuned model are 1."""
     return 1.5 if mode.kind == CONDITIONAL else 1 + sum(mode.refreshes(schedule)) / len(schedule)
 
 
 def pick(results: Sequence[Result], budget: float, clock: str) -> tuple[Result, Result]:
-    """(what keeps most of the gain, what is nearest to full guidance) of the modes within the budget.
+    """Choose the mode that keeps most gain, and the nearest one.
 
-    The two may differ: a mode may gain as much by other images. As much as full guidance gains is enough; of those the
-    nearest keeps most. Without rewards both are the nearest. clock: "cost" or "cpu_cost". Raises ValueError if nothing
-    is within the budget.
+    Both are within the budget. They may differ, because a mode may gain as much by other images. A gain of full
+    guidance is enough: of the modes that reach it, the nearest keeps most. Without rewards both are the mode nearest
+    to full guidance. clock: "cost" or "cpu_cost". Raises ValueError if nothing is within the budget.
     """
     within = [r for r in results if r.mode not in (BASE, FULL) and getattr(r, clock).mean <= budget]
     if not within:

@@ -1,4 +1,4 @@
-"""The table and the figure of `python -m rlg.benchmark guidance`, from its results.json.
+"""Table and figure of `python -m rlg.benchmark guidance`.
 
 python -m rlg.benchmark.guidance_figure runs/A/results.json runs/B/results.json --output docs/cost
 """
@@ -43,13 +43,19 @@ _BASE = "base"
 
 
 def _command(report: Row) -> dict[str, Any]:
-    """The options of a results.json, those of an older one by their names of today."""
+    """The options of a results.json.
+
+    Those of an older one have their present names.
+    """
     names = [field.name for field in fields(GuidanceOptions)]
     return canonical_keys(report["command"], names, "results.json")
 
 
 def table(report: Row) -> str:
-    """Markdown: a row for each mode, then what exact modes cost at small batches, and a sweep over w."""
+    """The table in Markdown.
+
+    It has a row for each mode, the cost of exact modes at small batches, and a sweep over w.
+    """
     command, machine = _command(report), report["machine"]
     title = f"w = {command['w']:g}, {command['kernel'].upper()}, {command['steps']} steps, CFG {command['cfg']:g}"
     where = f"{machine['device']}, {machine['dtype']}, {machine['threads']} thread(s), load {machine['load']:g}, "
@@ -91,7 +97,10 @@ def _throughput(batches: Sequence[Row], saturates: Mapping[str, int]) -> str:
 
 
 def picks_of(report: Row) -> dict[str, str]:
-    """The modes that a budget chose, by what for; without rewards, and in older results, one."""
+    """The modes that a budget chose, by the aim of the choice.
+
+    Without rewards, and in older results, there is one.
+    """
     choice = report["choice"]
     if choice is None:
         return {}
@@ -118,7 +127,10 @@ def _interval(estimate: Row | None, form: str = ".2f") -> str:
 
 
 def draw(*reports: Row) -> Figure:
-    """A panel for each report: what is kept (without rewards: how near) against cost, and the front of the modes."""
+    """Draw a panel for each report.
+
+    It shows the gain kept (without rewards: the distance) against cost, and the front of the modes.
+    """
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
@@ -154,7 +166,10 @@ def _panel(axes: Axes, report: Row) -> None:
 
 
 def front(points: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, float]]:
-    """The points that no cheaper one equals or beats, from the cheapest; `up`: more is better, else less."""
+    """The points that no cheaper one equals or beats, the cheapest first.
+
+    up: whether more is better, or less.
+    """
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda p: (p[0], -p[1] if up else p[1])):
         if not best or (y > best[-1][1] if up else y < best[-1][1]):
@@ -163,7 +178,7 @@ def front(points: Sequence[tuple[float, float]], up: bool) -> list[tuple[float, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: one figure of several results.json."""
+    """Run the command line: one figure of several results.json."""
     with fail_cleanly():
         options = COMMAND.parse(argv)
         save(draw(*(json.loads(file.read_text(encoding="utf-8")) for file in options.results)), options.output)

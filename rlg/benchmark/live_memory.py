@@ -1,6 +1,7 @@
-"""Peak of what tensors hold during a call, counted without running it: shapes alone are computed, and nothing is held.
+"""Peak of the bytes that tensors hold, counted without running the call.
 
-Tensors are fake ones of the CPU: attention is then the fused one, as on GPUs. A kernel's own workspace is not in it.
+Only shapes are computed, and nothing is held. Tensors are fake ones of the CPU: attention is then the fused one, as on
+GPUs. A kernel's own workspace is not in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """Within, counts the bytes of tensors that are made, as long as they live."""
+    """Mode that counts the bytes of live tensors made within it."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
@@ -24,7 +25,7 @@ class Live(TorchDispatchMode):
         self._sizes = {id(tensor.untyped_storage()): 0 for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called by torch for every operation."""
+        """Run one operation; torch calls this for each."""
         out = func(*args, **(kwargs or {}))
         for each in tree_leaves(out):
             if isinstance(each, Tensor):
@@ -44,7 +45,10 @@ class Live(TorchDispatchMode):
 
 
 def peak(run: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """Bytes at the peak of a call, of tensors that it makes itself; `known` ones are not counted."""
+    """Bytes of a call's own tensors, at its peak.
+
+    `known` ones are not counted.
+    """
     with Live(known) as live:
         run()
     return live.peak

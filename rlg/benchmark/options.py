@@ -14,7 +14,10 @@ ORIGIN = "tinyworld:composition/test"  # prompts of a benchmark without a run
 
 @dataclass(frozen=True, kw_only=True)
 class RandomModelOptions:
-    """A model with a LoRA that is not trained, and where numbers go; see `rlg.benchmark.growth.policy_with_lora`."""
+    """Options of a model with an untrained LoRA, and of the output.
+
+    See `rlg.benchmark.growth.policy_with_lora`.
+    """
 
     base: str = option("tiny-sd3", "tiny-sd, tiny-sd3, tiny-sdxl, a folder or a hub id")
     arch: str | None = option(None, "instead: an architecture with random weights", choices=ARCHITECTURES)
@@ -63,7 +66,10 @@ class GRPOOptions(RandomModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceOptions:
-    """Options of `python -m rlg.benchmark guidance`; None stands for the run's own setting, or else for a default."""
+    """Options of `python -m rlg.benchmark guidance`.
+
+    None stands for the run's own setting, or else for a default.
+    """
 
     ckpt: str | None = option(None, TUNED_HELP, metavar="TUNED")
     base: str | None = option(None, "base model (default: the one that --ckpt was trained on)")

@@ -1,4 +1,7 @@
-"""Seconds by phase, which add up to the whole: an inner phase stops the clock of the one around it."""
+"""Seconds by phase, which add up to the whole.
+
+An inner phase stops the clock of the phase around it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ import torch
 
 from rlg.benchmark.timing import synchronise
 
-REST = "rest"  # what no phase claims
+REST = "rest"  # name of the time outside of phases
 
 
 class Phases:
-    """A stopwatch for one thread; the device is synchronised wherever a phase begins or ends."""
+    """A stopwatch for one thread.
+
+    The device is synchronised wherever a phase begins or ends.
+    """
 
     def __init__(self, device: torch.device | str = "cpu", clock: Callable[[], float] = time.perf_counter):
         self.device, self.clock = device, clock
@@ -27,7 +33,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Within, time goes to this phase."""
+        """Count the time of the block to this phase."""
         self._switch()
         self._open.append(name)
         try:
@@ -37,14 +43,17 @@ class Phases:
             self._open.pop()
 
     def whole(self, run: Callable[[], Any]) -> dict[str, float]:
-        """Seconds by phase of one call, `rest` included; their sum is the time that it took."""
+        """Seconds by phase of one call, `rest` included.
+
+        Their sum is the time that it took.
+        """
         self.seconds.clear()
         with self(REST):
             run()
         return dict(self.seconds)
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as a phase."""
+        """Wrap a function as a phase."""
 
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Side-by-side measurement: interleaved timings with intervals of their ratios, peak memory, and on what machine.
+"""Side-by-side measurement: interleaved timings, peak memory, and the machine.
 
-A busy machine slows down whatever runs at the moment. So contenders take turns, each round in another order, and what
-is reported is the median over rounds of the ratio within a round, with its interval. Seconds are of the wall clock,
-the device synchronised; beside them the CPU's own, which other processes hardly touch.
+A busy machine slows down whatever runs at the moment. So contenders take turns, each round in another order. The
+report has the median over rounds of the ratio within a round, with its interval. Seconds are of the wall clock, with
+the device synchronised. Beside them are the CPU's own, which other processes hardly touch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from rlg.stats import Estimate, median
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5): sets the peak of the resident set to what it is now
+_RESET_PEAK = "5"  # proc(5): sets the peak of the resident set to its present size
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def interleaved(
     device: torch.device | str = "cpu",
     warmup: int = 1,
 ) -> dict[str, Times]:
-    """Run the contenders in turn, `repeats` rounds after `warmup` that do not count.
+    """Run the contenders in turn, `repeats` rounds after `warmup` uncounted ones.
 
     Rounds differ in their order (`turns`), so that none is always first or behind the same one.
     Raises ValueError for less than one round.
@@ -59,13 +59,19 @@ def interleaved(
 
 
 def turns(names: Sequence[str], r: int) -> list[str]:
-    """The names in the order of round r: each round begins with another one, and every other goes backwards."""
+    """The names in the order of round r.
+
+    Each round begins with another one, and every other round goes backwards.
+    """
     order = [*names[r % len(names) :], *names[: r % len(names)]]
     return order if r % 2 else order[::-1]
 
 
 def stopwatch(run: Callable[[], object], device: torch.device | str = "cpu") -> tuple[float, float]:
-    """(wall, CPU) seconds of one call, the device idle before and after."""
+    """(wall, CPU) seconds of one call.
+
+    The device is idle before and after it.
+    """
     synchronise(device)
     wall, cpu = time.perf_counter(), time.process_time()
     run()
@@ -74,7 +80,10 @@ def stopwatch(run: Callable[[], object], device: torch.device | str = "cpu") -> 
 
 
 def synchronise(device: torch.device | str) -> None:
-    """Wait until the device is idle, else one would time the launching of kernels."""
+    """Wait until the device is idle.
+
+    Otherwise one would time the launching of kernels.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -88,9 +97,10 @@ def ratio(times_R: ArrayLike, reference_R: ArrayLike) -> Estimate:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
-    """Bytes at the peak of one call: allocated on a GPU, of this process's resident set on a CPU (Linux; else None).
+    """Bytes at the peak of one call, weights included.
 
-    The whole, weights included. On a CPU memory that was freed before is given back first, as far as it can be.
+    They are those allocated on a GPU, or those of this process's resident set on a CPU (Linux; else None). On a CPU
+    memory that was freed before is given back first, as far as it can be.
     """
     if torch.device(device).type == "cuda":
         synchronise(device)
@@ -110,14 +120,17 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 def _give_back() -> None:
-    """Have the allocator return what is free to the system, where it can (glibc)."""
+    """Have the allocator return free memory to the system.
+
+    Only glibc can.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a table of timings has to say of where it was made."""
+    """Facts about the machine for a table of timings."""
     import diffusers
 
     cuda = torch.device(device).type == "cuda"

@@ -1,1 +1,1 @@
-"""The experiment: does w play the KL coefficient beta / w?"""
+"""Experiment: does w play the KL coefficient beta / w?"""

@@ -1,21 +1,20 @@
-"""Does guidance with w play the KL coefficient beta / w?
+"""Experiment: does guidance with w play the KL coefficient beta / w?
 
     python -m rlg.equivalence --toy                                                  # laws that are known exactly
     python -m rlg.equivalence --config configs/equivalence/tiny_sd3_compressibility.yaml
 
-The second draws many images of the base, whose rewards say what the exact optimum of every beta would score
-(`rlg.equivalence.oracle`), then images of one tuned model guided with several w, and of others trained at betas of
-their own; it goes on where it was interrupted. It reports, with intervals, how far guidance with w misses the oracle
-at beta / w, as a share of the gap between base and tuned model: once with the beta that the model was trained at, and
-once with the beta whose oracle scores what the tuned model does, which leaves out how well training hit its own
-target; at w = 0 and w = 1 that is 0 by definition, and not shown. Models that were really trained at another beta are
-held against guidance with w = beta_0 / beta, image by image of one noise.
+The second draws many images of the base, of one tuned model guided with several w, and of models trained at betas of
+their own. It goes on where it was interrupted. Intervals are over prompts.
 
-A guided reward is the base's mean over all its images, plus the paired difference to w = 0 from the same noise.
-Intervals are over prompts; each prompt that is left out has its matched beta found anew. A column of the oracle is
-empty where fewer than TRUSTED of a prompt's base images count.
-
-KL: the oracle's is that of the images. That of guidance is of the sampler's path and bounds it from above.
+    oracle    score of the exact optimum of any beta, from the rewards of the base (`rlg.equivalence.oracle`). A column
+              of it is empty where fewer than TRUSTED of a prompt's base images count
+    reward    of guidance: the base's mean over all its images, plus the paired difference to w = 0 from the same noise
+    miss      reward of guidance less the oracle's at beta / w, as a share of the gap between base and tuned model
+    matched   the same with the beta whose oracle scores as the tuned model does, found anew for each prompt that is
+              left out. It leaves out how well training hit its own target. At w = 0 and w = 1 it is 0 by definition,
+              and not shown
+    trained   models of another beta, against guidance with w = beta_0 / beta, image by image of one noise
+    KL        of the oracle: that of the images. Of guidance: that of the sampler's path, which bounds it from above
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from rlg.io import folders
 
 
 def run(options: EquivalenceOptions) -> None:
-    """Do what the options say and print what was written."""
+    """Run the experiment, or the known laws, and print the results."""
     import rewards
     from rlg.equivalence import toy
 
@@ -52,7 +51,7 @@ def run(options: EquivalenceOptions) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     with fail_cleanly():
         run(COMMAND.parse(argv))
 

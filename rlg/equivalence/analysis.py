@@ -1,7 +1,7 @@
-"""The numbers of `rlg.equivalence`: guidance with w against the oracle at beta / w, and models trained there.
+"""Numbers of `rlg.equivalence`: guidance with w against oracle and trained models.
 
-Intervals are over prompts. For the matched beta each prompt that is left out has it found anew, since it is found from
-the same rewards.
+The oracle is taken at beta / w, and so are the models. Intervals are over prompts. Each prompt that is left out has
+the matched beta found anew, because it is found from the same rewards.
 
 Legend: P prompts, K images a prompt, M weightings of the prompts.
 """
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """Guidance with one w, against the oracle at beta / w; None where the oracle has too few samples."""
+    """Guidance with one w, against the oracle at beta / w.
+
+    None stands where the oracle has too few samples.
+    """
 
     w: float
     beta: float  # the trained beta over w; inf at w = 0
@@ -43,7 +46,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that was trained at a beta of its own, which guidance with w = beta_0 / beta claims to stand in for."""
+    """A model that was trained at a beta of its own.
+
+    Guidance with w = beta_0 / beta claims to equal it.
+    """
 
     name: str
     beta: float
@@ -51,13 +57,16 @@ class Trained:
     reward: Estimate
     path_kl: Estimate | None
     oracle: Estimate | None
-    ess: float  # of the oracle
+    ess: float  # effective samples of the oracle
     miss: Estimate | None  # (guided with w - this model) / (tuned - base), where that w was run
 
 
 @dataclass(frozen=True)
 class Slope:
-    """dE / dKL of guidance between two w on the paths' KL, and the beta that it should equal."""
+    """dE / dKL of guidance between two w, on the paths' KL.
+
+    beta: the value that it should equal.
+    """
 
     beta: float
     slope: Estimate
@@ -65,19 +74,23 @@ class Slope:
 
 @dataclass(frozen=True)
 class Result:
-    """An experiment's numbers."""
+    """Numbers of an experiment."""
 
     points: list[Point]
     trained: list[Trained]
     guided_slopes: list[Slope]  # between neighbouring w, where beta / w is that of their middle
-    frontier: list[tuple[float, float, float, float]]  # (beta, reward, KL, ess) along the oracle, where it is believed
-    matched_beta: Estimate | None  # whose oracle scores what the tuned model does; None: none is believed to
+    frontier: list[tuple[float, float, float, float]]  # (beta, reward, KL, ess) along the oracle, where it is trusted
+    # the beta whose oracle scores as the tuned model does; None: no such oracle is trusted
+    matched_beta: Estimate | None
     base: Estimate
     prompts: int
 
 
 def table_of(rows: Sequence[Row], value: str, w: float) -> Array:
-    """(P, K) rewards of the name `value`, or path KLs, of one w; prompts and images in order."""
+    """(P, K) rewards named `value`, or path KLs, of one w.
+
+    Prompts and images are in order.
+    """
     chosen = sorted((row for row in rows if row.w == w), key=lambda row: (row.prompt_id, row.k))
     prompts = len({row.prompt_id for row in chosen})
     values = [row.kl if value == "kl" else row.rewards[value] for row in chosen]
@@ -86,14 +99,17 @@ def table_of(rows: Sequence[Row], value: str, w: float) -> Array:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Guidance with several w beside the oracle of its base, a value a prompt."""
+    """Guidance with several w beside the oracle of its base.
+
+    Each prompt has one value.
+    """
 
     oracle: Oracle
     reward_P: dict[float, Array]  # by w
 
     @property
     def gap_P(self) -> Array:
-        """Tuned less base."""
+        """Tuned model's reward less that of the base."""
         return self.reward_P[1.0] - self.oracle.base_P
 
     def share(self, top_P: Array) -> Estimate:
@@ -101,11 +117,14 @@ class Sweep:
         return ratio(*(summed(values_P, _each(values_P)) for values_P in (top_P, self.gap_P)))
 
     def matched_beta(self) -> Estimate | None:
-        """The beta whose oracle scores what the tuned model does."""
+        """The beta whose oracle scores as the tuned model does."""
         return _positive(jackknife(self._log_matched, len(self.gap_P)))
 
     def matched_miss(self, w: float) -> Estimate | None:
-        """What guidance with w misses of the oracle at the matched beta / w, as a share of the gap."""
+        """Miss of guidance with w against the oracle at matched beta / w.
+
+        It is a share of the gap.
+        """
 
         def missed(weight_MP: Array) -> Array:
             return weighted_mean(weight_MP, self.reward_P[w]) - self.oracle.reward(
@@ -118,7 +137,7 @@ class Sweep:
         return found if math.isfinite(found.mean) else None
 
     def effective_w(self, w: float) -> Estimate | None:
-        """The matched beta of the tuned model over that of guidance with w."""
+        """Matched beta of the tuned model over that of w."""
 
         def log_ratio(weight_MP: Array) -> Array:
             return self._log_matched(weight_MP) - np.log(self._matched(weight_MP, w))
@@ -142,7 +161,10 @@ def _over_prompts(values_P: Array | None) -> Estimate | None:
 
 
 def _positive(log: Estimated) -> Estimate | None:
-    """A positive quantity from its logarithm; None where a prompt more or less decides whether there is one."""
+    """A positive quantity from its logarithm.
+
+    It is None where one prompt decides whether the quantity exists.
+    """
     if not (math.isfinite(log.mean) and np.isfinite(log.residual_G).all()):
         return None
     found = log.interval()
@@ -152,7 +174,10 @@ def _positive(log: Estimated) -> Estimate | None:
 def analyse(
     experiment: Experiment, base: Sequence[Row], guided: Sequence[Row], trained: Sequence[Sequence[Row]]
 ) -> Result:
-    """Numbers of an experiment from the rows of the base, of guidance, and of each other trained model at w = 1."""
+    """Numbers of an experiment from its rows.
+
+    The rows are those of the base, of guidance, and of each other trained model at w = 1.
+    """
     name, beta = experiment.reward, experiment.beta
     oracle, start = Oracle(table_of(base, name, 0.0)), table_of(guided, name, 0.0)
 

@@ -1,4 +1,7 @@
-"""An equivalence experiment: a base, a tuned model at beta, models trained at beta / w."""
+"""Options of an equivalence experiment.
+
+It has a base, a tuned model at beta, and models trained at beta / w.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from rlg.choices import DTYPES, KERNELS
 from rlg.config_parser import Command, option
 from rlg.evaluation.methods import RLG
 
-if TYPE_CHECKING:  # which loads torch
+if TYPE_CHECKING:  # it loads torch
     from rlg.evaluation.evaluator import EvalSettings
 
 _NEEDED = ("base", "reward", "ckpt")
@@ -19,7 +22,10 @@ _NEEDED = ("base", "reward", "ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A configs/equivalence/*.yaml. Raises ValueError for what makes no experiment."""
+    """An experiment, as in configs/equivalence/*.yaml.
+
+    Raises ValueError for settings that make no experiment.
+    """
 
     base: str = option("", "base model")
     reward: str = option("", "the reward that the models were trained on")
@@ -56,7 +62,7 @@ class Experiment:
         return {field.name: getattr(self, field.name) for field in fields(Experiment)}
 
     def settings(self, scales: Sequence[float], k: int, seed: int) -> EvalSettings:
-        """What decides the rows of one of its evaluations."""
+        """Settings of one of its evaluations."""
         from rlg.evaluation.evaluator import EvalSettings
 
         return EvalSettings(
@@ -75,9 +81,9 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True)
 class EquivalenceOptions(Experiment):
-    """Options of `python -m rlg.equivalence`: an experiment, or none where laws are taken that are known exactly."""
+    """Options of `python -m rlg.equivalence`: an experiment, or known laws."""
 
-    config: Path | None = None  # names the folder
+    config: Path | None = None  # it names the folder
     samples: int | None = option(None, "images of the base, a prompt (default: 512); with --toy of each law (10000)")
     steps: int | None = option(None, "denoising steps (default: 10; with --toy 250)")
     toy: bool = option(False, "laws with known scores, against the exact tilted law")

@@ -1,4 +1,4 @@
-"""The figure of `rlg.equivalence`: rewards against KL, rewards along w, and what guidance misses."""
+"""Figure of `rlg.equivalence`: rewards against KL and w, and misses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GUIDED, NOMINAL, OTHER = PALETTE[:3]
 
 
 def draw(experiment: Experiment, result: Result) -> Figure:
-    """Three panels of one experiment."""
+    """Draw three panels of one experiment."""
     figure = Figure(figsize=(13, 4.3), layout="constrained")
     plane, along, missed = figure.subplots(1, 3)
     _plane(plane, experiment, result)

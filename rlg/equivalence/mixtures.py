@@ -1,11 +1,12 @@
-"""Laws whose scores are known: mixtures of Gaussians as predictors of any noise process, and their exact tilted law.
+"""Laws with known scores: mixtures of Gaussians, and their exact tilted law.
 
-A mixture sum_m weight_m N(mean_m, diag var_m) stays one under noise, and the posterior mean of x0 is
+A mixture is a predictor of any noise process. sum_m weight_m N(mean_m, diag var_m) stays a mixture under noise, and
+the posterior mean of x0 is
 
     E[x0 | x_t] = sum_m r_m(x_t) (mean_m + alpha var_m / (alpha^2 var_m + sigma^2) (x_t - alpha mean_m))
 
-with responsibilities r_m ~ weight_m N(x_t; alpha mean_m, alpha^2 var_m + sigma^2). What guidance claims to sample,
-base^(1-w) tuned^w, is integrated on a grid.
+with responsibilities r_m ~ weight_m N(x_t; alpha mean_m, alpha^2 var_m + sigma^2). The law that guidance claims to
+sample, base^(1-w) tuned^w, is integrated on a grid.
 
 Legend: B samples, M components, D dimensions (1 or 2), N grid points. A sample is a latent image (D, 1, 1).
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from rlg.diffusion.conditioning import Conditioning, Predictor
 from rlg.diffusion.process import process_from_config
 
-# VP with epsilon-prediction, from sigma / alpha = 80 at pure noise; and rectified flow without a shift
+# VP with epsilon-prediction, from sigma / alpha = 80 at pure noise, and rectified flow without a shift.
 PROCESSES: dict[str, dict[str, Any]] = {
     "eps": {
         "_class_name": "DDIMScheduler",
@@ -50,7 +51,10 @@ class Mixture:
 
     @classmethod
     def of(cls, *components: tuple[float, float | tuple[float, ...], float | tuple[float, ...]]) -> Mixture:
-        """Components (weight, mean, variance); numbers in one dimension, tuples in more."""
+        """Make it of components (weight, mean, variance).
+
+        They are numbers in one dimension, tuples in more.
+        """
         weight, mean, var = zip(*components, strict=True)
         mean_MD, var_MD = (
             torch.tensor(rows, dtype=torch.float64).reshape(len(components), -1) for rows in (mean, var)
@@ -69,7 +73,10 @@ class Mixture:
         return (share_BM1 * (self.mean_MD + gain_MD * (x_B1D - alpha * self.mean_MD))).sum(dim=1)
 
     def predictor(self, config: Mapping[str, Any]) -> Predictor:
-        """The exact network of this law for a scheduler's config: what training would end at."""
+        """The exact network of this law for a scheduler's config.
+
+        Perfect training would end at it.
+        """
         table = process_from_config(config)
         columns = [table.alpha, table.sigma, table.out_x0, table.out_noise]
 
@@ -90,7 +97,10 @@ class Mixture:
 
 
 def _interpolate(t: float, time_N: Tensor, column_N: Tensor) -> float:
-    """A table between its rows: exact where the column is linear in time (flow) or t is a row (the others)."""
+    """Interpolate a table between its rows.
+
+    It is exact where the column is linear in time (flow) or t is a row (the others).
+    """
     after = int(torch.searchsorted(time_N, t).clamp(1, len(time_N) - 1))
     (t0, t1), (c0, c1) = (rows[after - 1 : after + 1].double().tolist() for rows in (time_N, column_N))
     return c0 + (c1 - c0) * (t - t0) / (t1 - t0)
@@ -98,7 +108,7 @@ def _interpolate(t: float, time_N: Tensor, column_N: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a law, or samples of it, come to."""
+    """Moments of a law, or of samples of it."""
 
     mean: float  # of the first coordinate
     var: float  # of the first coordinate
@@ -107,7 +117,10 @@ class Moments:
 
 
 class ToyNoise:
-    """Noise of B samples of D dimensions from one generator, in the interface of `sampling.SampleNoise`."""
+    """Noise of B samples of D dimensions from one generator.
+
+    Its interface is that of `sampling.SampleNoise`.
+    """
 
     def __init__(self, samples: int, dimensions: int, seed: int):
         self.shape = (samples, dimensions, 1, 1)
@@ -122,21 +135,28 @@ class ToyNoise:
         return torch.randn(self.shape, generator=self.generator)
 
     def gather(self, index_B: Tensor) -> ToyNoise:
-        """The noise of as many rows; they draw from one generator, so that no two share a number."""
+        """Its own noise for as many rows.
+
+        They draw from one generator, so that no two share a number.
+        """
         gathered = copy.copy(self)
         gathered.shape = (len(index_B), *self.shape[1:])
         return gathered
 
 
 def log_ratio(base: Mixture, tuned: Mixture, x_BD: Tensor) -> Tensor:
-    """(B,) log(tuned / base): the reward over beta, up to its constant, of which `tuned` is the optimum."""
+    """(B,) log(tuned / base): the reward over beta, up to a constant.
+
+    `tuned` is the optimum of this reward.
+    """
     return tuned.log_density(x_BD) - base.log_density(x_BD)
 
 
 def tilted(base: Mixture, tuned: Mixture, w: float, half_width: float = 16.0, points: int = 4000) -> Moments | None:
-    """The exact law base^(1-w) tuned^w / Z by a grid of `points` (1-D) or 6 sqrt(points) squared; None if it has no Z.
+    """The exact law base^(1-w) tuned^w / Z, on a grid.
 
-    The number of points on an axis is even, so that none lies on x = 0, where `mass` is cut.
+    It is None if it has no Z. The grid has `points` (1-D) or 6 sqrt(points) squared. The number of points on an axis
+    is even, so that none lies on x = 0, where `mass` is cut.
     """
     dimensions = base.mean_MD.shape[1]
     axis = torch.linspace(-half_width, half_width, points if dimensions == 1 else 6 * int(points**0.5))

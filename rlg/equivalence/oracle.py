@@ -1,15 +1,15 @@
-"""The sampled oracle: what the exact optimum at any KL coefficient would score, from rewards of base samples alone.
+"""The sampled oracle: scores of the exact optimum at any KL coefficient.
 
-The optimum of E[R] - beta KL(p || p_base) is p_beta ~ p_base exp(R / beta). With rewards R_n of N samples of the base,
+Rewards of base samples are all that it needs. The optimum of E[R] - beta KL(p || p_base) is p_beta ~ p_base exp(R /
+beta). With rewards R_n of N samples of the base, for each prompt,
 
     E_beta[R] = sum_n R_n e^(R_n/beta) / sum_n e^(R_n/beta)         KL = E_beta[R] / beta - log mean_n e^(R_n/beta)
 
-per prompt. Both are ratios of means and biased towards the base; the jackknife over the N samples takes the bias of
-order 1/N out. What is left grows as the effective number of samples falls, and fastest where the reward has a long
-upper tail: under TRUSTED of them, mean over prompts, nothing is said. Coverage: tests/stats/test_calibration_oracle.py
-
-A prompt's value has the noise of its samples in it, so the spread over prompts is all that an interval needs
-(`rlg.stats`). dE / dKL = beta is an identity of any finite sample, and so no evidence of anything.
+Both are ratios of means and biased towards the base. The jackknife over the N samples takes out the bias of order 1/N.
+The rest grows as the effective number of samples falls, and fastest where the reward has a long upper tail. So nothing
+is said under TRUSTED of them, mean over prompts (coverage: tests/stats/test_calibration_oracle.py). The spread over
+prompts gives the interval (`rlg.stats`), as it has the noise of samples in it. dE / dKL = beta is an identity of any
+finite sample, and so no evidence.
 
 Legend: P prompts, N base samples a prompt, B betas, M weightings of the prompts.
 """
@@ -23,14 +23,14 @@ import numpy as np
 
 from rlg.stats import Array, weighted_mean
 
-TRUSTED = 100  # effective samples a prompt from which on the oracle is believed
-_BETAS = 400  # of its curve
+TRUSTED = 100  # least effective samples a prompt with which the oracle is trusted
+_BETAS = 400  # points of its curve
 
 
 def tilted(reward_PN: Array, beta: float) -> tuple[Array, Array, Array]:
-    """(E_beta[R], KL in nats, effective number of samples), (P,) each: the first two without their bias of order 1/N.
+    """(E_beta[R], KL in nats, effective number of samples), (P,) each.
 
-    Raises ValueError for beta <= 0.
+    The first two are without their bias of order 1/N. Raises ValueError for beta <= 0.
     """
     if not beta > 0:
         raise ValueError(f"the KL coefficient must be positive, got {beta:g}")
@@ -54,18 +54,24 @@ def tilted(reward_PN: Array, beta: float) -> tuple[Array, Array, Array]:
 
 
 def _known(each_PN: Array, all_P1: Array) -> Array:
-    """The values without a sample, and that of all where one sample holds all of the weight."""
+    """The values without a sample, or of all samples.
+
+    All samples stand where one holds all of the weight.
+    """
     return np.where(np.isfinite(each_PN), each_PN, all_P1)
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """Rewards of base samples, and what they say of other betas."""
+    """Rewards of base samples, and the optimum at other betas."""
 
     reward_PN: Array
 
     def at(self, beta: float) -> tuple[Array, Array] | None:
-        """(E_beta[R], KL in nats), (P,) each; None where too few samples count. The base's own at infinity."""
+        """(E_beta[R], KL in nats), (P,) each; None where too few samples count.
+
+        At infinity they are the base's own.
+        """
         if beta == float("inf"):
             return self.base_P, np.zeros_like(self.base_P)
         return tilted(self.reward_PN, beta)[:2] if self.ess(beta) >= TRUSTED else None
@@ -81,7 +87,7 @@ class Oracle:
 
     @cached_property
     def _curve(self) -> tuple[Array, Array]:
-        """(B,) logs of the betas that are believed, from the largest, and (P, B) their rewards."""
+        """(B,) logs of trusted betas, the largest first, and (P, B) rewards."""
         spread = float(self.reward_PN.std(axis=1).mean()) or 1.0
         logs, rewards = [], []
         for beta in np.geomspace(1e3 * spread, 1e-2 * spread, _BETAS):
@@ -93,7 +99,10 @@ class Oracle:
         return np.array(logs), np.stack(rewards, axis=1) if rewards else np.zeros((len(self.reward_PN), 0))
 
     def matching(self, reward_M: Array, weight_MP: Array) -> Array:
-        """(M,) betas whose mean reward over the weighted prompts is the given one; nan where none is believed to."""
+        """(M,) betas whose mean reward over the weighted prompts is given.
+
+        A beta is nan where no trusted one has that reward.
+        """
         logs_B, reward_PB = self._curve
         if not len(logs_B):
             return np.full(len(reward_M), np.nan)
@@ -105,7 +114,10 @@ class Oracle:
         return np.exp(found)
 
     def reward(self, beta_M: Array, weight_MP: Array) -> Array:
-        """(M,) mean rewards over the weighted prompts, each at a beta of its own; nan where it is not believed."""
+        """(M,) mean rewards over the weighted prompts, each at its own beta.
+
+        A reward is nan where it is not trusted.
+        """
         logs_B, reward_PB = self._curve
         if not len(logs_B):
             return np.full(len(beta_M), np.nan)

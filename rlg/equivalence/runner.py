@@ -30,7 +30,10 @@ from rlg.tasks import prompt_sets
 def draw_rows(
     experiment: Experiment, reward: RewardMix, prompts: Sequence[Prompt], ids: Sequence[int], folder: Path
 ) -> tuple[list[Row], list[Row], list[list[Row]]]:
-    """(rows of the base, of guidance, of each other model), making what is missing from the folder."""
+    """Make the rows that are missing from the folder, and read all.
+
+    Returns (rows of the base, of guidance, of each other model).
+    """
     from rewards import places
 
     guided = experiment.settings(experiment.w, experiment.k, experiment.seed)
@@ -69,7 +72,10 @@ def draw_rows(
 
 
 def measure(experiment: Experiment, reward: RewardMix, folder: Path) -> list[Path]:
-    """Run an experiment and write equivalence.json, .md and .png into the folder; returns them."""
+    """Run an experiment; write equivalence.json, .md and .png into the folder.
+
+    Returns the files.
+    """
     from rlg.equivalence.figure import draw
     from rlg.reports.theme import STYLE
 
@@ -87,7 +93,10 @@ def measure(experiment: Experiment, reward: RewardMix, folder: Path) -> list[Pat
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not know: beta / w at w = 0, a share of no gap."""
+    """Replace numbers that JSON does not know by null.
+
+    They are beta / w at w = 0, and a share of no gap.
+    """
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

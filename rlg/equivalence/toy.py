@@ -1,9 +1,9 @@
-"""The claim on laws that are known: what guidance and the corrector sample, against base^(1-w) tuned^w.
+"""Test of the claim on known laws: samples against base^(1-w) tuned^w.
 
-Samples come from the project's own sampler (`rlg.diffusion.process` schedules, `rlg.guidance`,
-`rlg.guidance.corrector`), with exact scores in place of a network. Each case is compared with the exact tilted law,
-and the figure shows where beta / w holds (rewards that choose between modes, or move a Gaussian) and where it does not
-(rewards that narrow it).
+Guidance and the corrector make the samples, by the project's own sampler (`rlg.diffusion.process` schedules,
+`rlg.guidance`, `rlg.guidance.corrector`), with exact scores in place of a network. Each case is compared with the
+exact tilted law. The figure shows where beta / w holds (rewards that choose between modes, or move a Gaussian) and
+where it does not (rewards that narrow it).
 
 Legend: B samples, D dimensions.
 """
@@ -30,18 +30,18 @@ from rlg.guidance.guided import rlg
 from rlg.io import tables
 from rlg.reports.theme import INK, MUTED, PALETTE, STYLE
 
-GROUPS = 20  # samples are resampled within groups, and standard errors are taken between them
+GROUPS = 20  # groups within which samples are resampled, and between which standard errors are taken
 QUANTITIES = ("mean", "var", "mass", "reward")
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a toy is sampled."""
+    """Process and corrector of a toy."""
 
     label: str
     process: str  # a key of toy.PROCESSES
     kernel: str
-    threshold: float  # of the corrector; 0: off
+    threshold: float  # threshold of the corrector; 0: off
 
 
 SAMPLERS = {
@@ -54,7 +54,10 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A base and a tuned law: the tuned one is the exact optimum of the reward log(tuned / base) at beta = 1."""
+    """A base and a tuned law.
+
+    The tuned law is the exact optimum of the reward log(tuned / base) at beta = 1.
+    """
 
     name: str
     title: str
@@ -95,7 +98,10 @@ SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0)
 
 
 def draw(case: Case, sampler: Sampler, scales: Sequence[float], samples: int, steps: int, seed: int) -> list[Tensor]:
-    """(B, D) samples of the guided law at each w of `scales`, corrected or not, all in one batch."""
+    """(B, D) samples of the guided law at each w, in one batch.
+
+    The corrector is on or off.
+    """
     config = PROCESSES[sampler.process]
     schedule = process.make_schedule(config, steps, sampler.kernel, MEMORYLESS[sampler.process])
     w_B = torch.tensor(scales, dtype=torch.float32).repeat_interleave(samples)
@@ -109,7 +115,10 @@ def draw(case: Case, sampler: Sampler, scales: Sequence[float], samples: int, st
 
 
 def moments(case: Case, samples_BD: Tensor) -> tuple[Moments, Moments]:
-    """(what samples come to, its standard errors), these between groups: resampling ties the samples of one."""
+    """(moments of samples, their standard errors).
+
+    The errors are between groups, because resampling ties the samples of one group.
+    """
     rows = [astuple(measured(case.base, case.tuned, part)) for part in samples_BD.chunk(GROUPS)]
     table = torch.tensor(rows, dtype=torch.float64)
     return Moments(*table.mean(dim=0).tolist()), Moments(*(table.std(dim=0) / GROUPS**0.5).tolist())
@@ -129,7 +138,10 @@ class Point:
 
     @property
     def miss(self) -> tuple[float, float]:
-        """(reward less the exact one, its standard error), as shares of the tuned-base gap; nan: nothing is exact."""
+        """(reward less the exact one, its standard error).
+
+        Both are shares of the tuned-base gap; nan if nothing is exact.
+        """
         off = math.nan if self.exact is None else self.value.reward - self.exact.reward
         return off / self.gap, self.error.reward / self.gap
 
@@ -144,7 +156,7 @@ def points_of(name: str, key: str, scales: Sequence[float], samples: int, steps:
 
 
 def run(output: Path, samples: int, steps: int, seed: int) -> list[Path]:
-    """Draw every row and the sweep of the figure, and write toy.json, toy.md and toy.png into `output`."""
+    """Draw the table's rows and the figure; write toy.json, toy.md and toy.png."""
     jobs = [(name, key, [w for n, w in ROWS if n == name], samples, steps) for name in CASES for key in SAMPLERS]
     sweep = [(name, key, SWEEP, samples // 2, steps // 2) for name in SHOWN for key in ("ode", "sde", "corrected")]
     points: list[list[Point]] = []
@@ -162,7 +174,10 @@ def run(output: Path, samples: int, steps: int, seed: int) -> list[Path]:
 
 
 def table(rows: Sequence[Point]) -> str:
-    """The rows as a Markdown table: mean, variance, mass of x > 0 and reward, each with its standard error."""
+    """The rows as a Markdown table, with standard errors.
+
+    Its columns are mean, variance, mass of x > 0 and reward.
+    """
     lines = []
     for name, w in ROWS:
         group = [point for point in rows if (point.case, point.w) == (name, w)]
@@ -178,7 +193,10 @@ def table(rows: Sequence[Point]) -> str:
 
 
 def draw_figure(points: Sequence[Point]) -> Figure:
-    """Reward along w against the exact law, and below it what is missed, as a share of the tuned-base gap."""
+    """Draw reward along w against the exact law, and the misses below.
+
+    A miss is a share of the tuned-base gap.
+    """
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     axes = figure.subplots(2, len(SHOWN), sharex=True)
     looks = dict(zip(("ode", "sde", "corrected"), zip(PALETTE, "os^", strict=False), strict=True))

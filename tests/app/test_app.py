@@ -35,7 +35,7 @@ def loaded(
     tiny_checkpoint: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Any, Any]:
-    """A studio with two adapters, one of them named in a hostile way, and its page."""
+    """A generator with two adapters, one of them named in a hostile way, and its page."""
     other = tmp_path_factory.mktemp("other") / HOSTILE.replace("/", "∕") / "checkpoint-1"
     policy = tiny_policy("sd3", fresh=True)
     torch.manual_seed(5)

@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from rewards import RewardMix
-from rlg.app.generator import Studio
+from rlg.app.generator import ImageGenerator
 from rlg.benchmark.guidance_cost import Bench, CostSettings
 from rlg.diffusion import process
 from rlg.diffusion.sampling import SampleId, SampleNoise, sample
@@ -202,7 +202,7 @@ def test_evaluation_app_and_benchmark_go_by_their_resolution(dynamic_folder: Fol
     settings = EvalSettings((0.0, 1.0), ("rlg", "tuned_2x_steps"), 2, "ode", 0.7, 1.0, 32, k=1, seed=0, batch_size=2)
     evaluator = Evaluator(policy, RewardMix({"brightness": brightness}, (1.0,)), PROMPTS, settings)
     evaluator.rows_at([0], 1.0, 1)
-    Studio(policy, [policy.predict], resolution=32)
+    ImageGenerator(policy, [policy.predict], resolution=32)
     Bench(policy, PROMPTS, CostSettings(w=2.0, steps=2, kernel="ode", level=0.7, cfg=1.0, resolution=32), None)
     assert asked == pytest.approx([MU[32]] * len(asked))
     assert len(asked) >= 2 + 3 + 1

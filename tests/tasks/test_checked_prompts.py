@@ -142,7 +142,7 @@ def test_a_column_of_prompts_is_read_everywhere(
 
 
 def test_the_app_says_which_reward_cannot_judge_a_prompt() -> None:
-    own = generator.Studio.__new__(generator.Studio)
+    own = generator.ImageGenerator.__new__(generator.ImageGenerator)
     own.reward, own.metadata = MIX, {}
     assert own.unscorable(LINES[0]) == {}
     assert own.unscorable(LINES[1])["text"].startswith("no text between double quotes")

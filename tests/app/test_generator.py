@@ -13,7 +13,7 @@ from PIL import ImageChops
 
 from rewards import RewardMix
 from rlg.app import generator
-from rlg.app.generator import Shot, Studio, load_experts, scales_of, weights_of
+from rlg.app.generator import ImageGenerator, ImageRequest, load_experts, scales_of, weights_of
 from rlg.diffusion.conditioning import Predictor
 from rlg.evaluation.evaluator import EvalSettings, Evaluator
 from rlg.evaluation.folder import Job, to_pil
@@ -25,8 +25,8 @@ from tests.support.smooth_rewards import brightness
 PROMPT = "two red circles"
 
 
-def shot(**changes) -> Shot:
-    return Shot(
+def asked(**changes) -> ImageRequest:
+    return ImageRequest(
         **{"prompt": PROMPT, "negative": "", "seed": 3, "k": 2, "steps": 3, "cfg": 1.0, "sampler": "ode"} | changes
     )
 
@@ -47,26 +47,28 @@ def second(tiny_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Studio]:
-    """A studio of a family with the tiny adapter and maybe others; its policy is loaded once."""
+def made(tiny_folder: Callable[[str], Path], tiny_checkpoint: Callable[[str], Path]) -> Callable[..., ImageGenerator]:
+    """A generator of a family with the tiny adapter and maybe others; its policy is loaded once."""
 
     @cache
     def loaded(family: str, others: tuple[Path, ...]) -> tuple[Policy, list[Predictor]]:
         policy = Policy.load(str(tiny_folder(family)))
         return policy, load_experts(policy, [resolve(path) for path in (tiny_checkpoint(family), *others)])
 
-    def make(*others: Path, family: str = "sd3", **options) -> Studio:
-        return Studio(*loaded(family, others), **options)
+    def make(*others: Path, family: str = "sd3", **options) -> ImageGenerator:
+        return ImageGenerator(*loaded(family, others), **options)
 
     return make
 
 
 @pytest.mark.parametrize(("family", "cfg", "sampler"), [("sd", 1.0, "ode"), ("sd3", 3.0, "sde")])
-def test_images_are_those_of_an_evaluation(made: Callable[..., Studio], family: str, cfg: float, sampler: str) -> None:
+def test_images_are_those_of_an_evaluation(
+    made: Callable[..., ImageGenerator], family: str, cfg: float, sampler: str
+) -> None:
     own = made(family=family)
     settings = EvalSettings((0.0, 1.0, 2.0), ("rlg",), 3, sampler, 0.7, cfg, None, k=2, seed=3, batch_size=2)
     evaluator = Evaluator(own.policy, None, [Prompt(PROMPT)], settings)
-    columns = [own.column(shot(cfg=cfg, sampler=sampler), (w,)) for w in settings.scales]
+    columns = [own.column(asked(cfg=cfg, sampler=sampler), (w,)) for w in settings.scales]
     for w, column in zip(settings.scales, columns, strict=True):
         expected = evaluator.generate([Job(0, k, w, "rlg") for k in range(2)]).pixels_B3HW
         for image, other in zip(column.images, map(to_pil, expected), strict=True):
@@ -74,34 +76,36 @@ def test_images_are_those_of_an_evaluation(made: Callable[..., Studio], family: 
     assert len({image for column in columns for image in pixels(column)}) == 6
 
 
-def test_a_blend_is_between_its_experts(made: Callable[..., Studio], second: Path) -> None:
+def test_a_blend_is_between_its_experts(made: Callable[..., ImageGenerator], second: Path) -> None:
     blend, first = made(second), made()
     policy = Policy.load(first.policy.base)
-    other = Studio(policy, load_experts(policy, [resolve(second)]))
-    assert pixels(blend.column(shot(), (1.5, 0.0))) == pixels(first.column(shot(), (1.5,)))
-    assert pixels(blend.column(shot(), (0.0, 1.5))) == pixels(other.column(shot(), (1.5,)))
-    assert pixels(blend.column(shot(), (0.0, 0.0))) == pixels(first.column(shot(), (0.0,)))
-    half = pixels(blend.column(shot(), (0.75, 0.75)))
-    assert half not in (pixels(first.column(shot(), (1.5,))), pixels(other.column(shot(), (1.5,))))
+    other = ImageGenerator(policy, load_experts(policy, [resolve(second)]))
+    assert pixels(blend.column(asked(), (1.5, 0.0))) == pixels(first.column(asked(), (1.5,)))
+    assert pixels(blend.column(asked(), (0.0, 1.5))) == pixels(other.column(asked(), (1.5,)))
+    assert pixels(blend.column(asked(), (0.0, 0.0))) == pixels(first.column(asked(), (0.0,)))
+    half = pixels(blend.column(asked(), (0.75, 0.75)))
+    assert half not in (pixels(first.column(asked(), (1.5,))), pixels(other.column(asked(), (1.5,))))
 
 
-def test_the_negative_prompt_is_for_cfg(made: Callable[..., Studio]) -> None:
+def test_the_negative_prompt_is_for_cfg(made: Callable[..., ImageGenerator]) -> None:
     own = made()
-    plain, negative = (own.column(shot(cfg=cfg, negative=text), (1.0,)) for cfg, text in ((3.0, ""), (3.0, "a cross")))
+    plain, negative = (
+        own.column(asked(cfg=cfg, negative=text), (1.0,)) for cfg, text in ((3.0, ""), (3.0, "a cross"))
+    )
     assert pixels(plain) != pixels(negative)
-    off = [pixels(own.column(shot(negative=text), (1.0,))) for text in ("", "a cross")]
+    off = [pixels(own.column(asked(negative=text), (1.0,))) for text in ("", "a cross")]
     assert off[0] == off[1]
 
 
-def test_rewards_are_those_that_can_judge_the_prompt(made: Callable[..., Studio]) -> None:
+def test_rewards_are_those_that_can_judge_the_prompt(made: Callable[..., ImageGenerator]) -> None:
     def picky(images_B3HW, prompts, metadata):
         return torch.tensor([row["bonus"] for row in metadata]) + brightness(images_B3HW, prompts, metadata)
 
     mix = RewardMix({"brightness": brightness, "picky": picky}, (1.0, 1.0))
     own = made(reward=mix, metadata={PROMPT: {"bonus": 2.0}})
     for column, names in (
-        (own.column(shot(prompt=f" {PROMPT} "), (0.0,)), ["brightness", "picky"]),
-        (own.column(shot(prompt="else"), (0.0,)), ["brightness"]),
+        (own.column(asked(prompt=f" {PROMPT} "), (0.0,)), ["brightness", "picky"]),
+        (own.column(asked(prompt="else"), (0.0,)), ["brightness"]),
     ):
         assert [list(scores) for scores in column.scores] == [names] * 2
         for image, scores in zip(column.images, column.scores, strict=True):
@@ -110,12 +114,12 @@ def test_rewards_are_those_that_can_judge_the_prompt(made: Callable[..., Studio]
             assert scores.get("picky", 2 + scores["brightness"]) == pytest.approx(2 + scores["brightness"])
 
 
-def test_moving_w_makes_one_new_column(made: Callable[..., Studio], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moving_w_makes_one_new_column(made: Callable[..., ImageGenerator], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "KEPT", 3)
     own, ticks = made(), []
 
     def make(w: float, **changes) -> generator.Column:
-        return own.column(shot(**changes), (w,), lambda: ticks.append(w))
+        return own.column(asked(**changes), (w,), lambda: ticks.append(w))
 
     columns = [make(w) for w in (0.0, 1.0, 2.0)]
     assert [make(w) for w in (0.0, 1.0, 2.0)] == columns
@@ -131,7 +135,7 @@ def test_moving_w_makes_one_new_column(made: Callable[..., Studio], monkeypatch:
     assert len(ticks) == 6
 
 
-def test_samplers_are_those_of_the_family(made: Callable[..., Studio]) -> None:
+def test_samplers_are_those_of_the_family(made: Callable[..., ImageGenerator]) -> None:
     assert made(family="sd3").samplers == ("ode", "sde", "cps")
     assert made(family="sd").samplers == ("ode", "sde")
 
@@ -153,10 +157,10 @@ def test_samplers_are_those_of_the_family(made: Callable[..., Studio]) -> None:
         ({"sampler": "euler"}, "unknown sampler 'euler'; known: ode, sde, cps"),
     ],
 )
-def test_what_is_out_of_bounds_is_refused(made: Callable[..., Studio], changes: dict, message: str) -> None:
+def test_what_is_out_of_bounds_is_refused(made: Callable[..., ImageGenerator], changes: dict, message: str) -> None:
     own = made(max_steps=5)
     with pytest.raises(ValueError, match=re.escape(message)):
-        own.column(shot(**changes), (1.0,))
+        own.column(asked(**changes), (1.0,))
 
 
 def test_scales_of_a_text() -> None:
