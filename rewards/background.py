@@ -70,7 +70,7 @@ class EarlyScores:
 
         It returns at once.
         """
-        if self._worker:  # on the CPU from here on, to keep the thread off the sampler's stream
+        if self._worker:  # move images to the CPU here, to keep the thread off the sampler's stream
             self._added.append(
                 self._worker.submit(self.mix.parts, self.mix.waits, images_B3HW.cpu(), prompts, metadata)
             )

@@ -32,7 +32,8 @@ from rewards.weights import Origin, assemble, batched, half_on_gpu, renamed
 
 HUB = "THUDM/ImageReward"
 BERT = "google-bert/bert-base-uncased"
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores; ImageReward/ImageReward.py, 1.5
+# mean and standard deviation of the raw scores; ImageReward/ImageReward.py, 1.5
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 _VISION, _TEXT, _HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 # From BLIP's names of its vision tower to transformers'; those of the text tower are the same.

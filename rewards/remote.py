@@ -17,7 +17,7 @@ from rewards import Reward
 from rewards.server.client import Server
 from rewards.server.wire import to_png
 
-_LARGEST = torch.finfo(torch.float32).max  # also for whole numbers: JSON has larger ones than floats
+_LARGEST = torch.finfo(torch.float32).max  # limit for whole numbers, too: JSON has larger ones than floats
 BATCH = 16  # images of a request: 70 MB at most at 1024 x 1024
 
 

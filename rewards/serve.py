@@ -75,7 +75,8 @@ def serve(options: ServeOptions) -> None:
     from rewards.server.callers import ImpatientProtocol
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _listen(options.host, options.port) as listener:  # before the rewards are loaded, which may take minutes
+    # listen before the rewards are loaded, which may take minutes
+    with _listen(options.host, options.port) as listener:
         mix = build(options.reward, options.reward_weights, device)
         app = create(mix, token, Limits(options.max_mb, options.max_images), local=wire.is_loopback(options.host))
         host, port = listener.getsockname()[:2]

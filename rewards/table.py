@@ -22,7 +22,7 @@ class RewardSpec:
 
     factory: str  # "module:function", called as (device, source)
     summary: str  # one line
-    range: str  # of the raw score; "about" marks typical values, not bounds
+    range: str  # range of the raw score; "about" marks typical values, not bounds
     model: str  # model that computes it
     needs: str = "-"  # downloads, servers
     source: str = ""  # SOURCE that NAME=SOURCE may give instead of the model; empty: it takes none

@@ -228,7 +228,7 @@ class SPMTrainer:
                     row["grad_norm"] = torch.as_tensor(norm).detach()
                     if self.step == 0:
                         row[ADAPTER] = zero_share(dense_parameters(scorer.wrapped))
-                    if self.skips.must(norm):  # a margin that is not finite makes the norm not finite
+                    if self.skips.must_skip(norm):  # a margin that is not finite makes the norm not finite
                         scorer.optimizer.zero_grad()
                 scorer.optimizer.step()
                 scorer.optimizer.zero_grad()

@@ -32,7 +32,7 @@ _REFERENCES = np.array([*PALETTE.values(), (1.0, 1.0, 1.0), (0.1, 0.1, 0.1)], dt
 _MAX_COLOUR_DISTANCE = 0.42  # Euclidean, RGB in [0,1]: a third of the way to white still counts
 _MIN_AREA = 48  # pixels, of 64 * 64: smaller blobs are specks, not objects
 _MIN_IOU = 0.70  # IoU with the best shape's template: blobs below it are no recognisable object
-_MAX_ASPECT = 1.5  # of a shape's box; signs are wide by design
+_MAX_ASPECT = 1.5  # most that a shape's box may be wider than high, or higher than wide; signs are wide by design
 
 
 def shape_mask(name: str, height: int, width: int) -> np.ndarray:

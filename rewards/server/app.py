@@ -28,7 +28,7 @@ from rlg import __version__
 
 MAX_PIXELS = 2048 * 2048  # pixels of one image: more than any model here makes
 PIXELS_A_CALL = 16 * 1024 * 1024  # pixels that a reward sees at once, and that are floats at a time: 200 MB
-BODY_SECONDS, STALL_SECONDS = 120.0, 20.0  # for a whole body, and between two parts of it
+BODY_SECONDS, STALL_SECONDS = 120.0, 20.0  # seconds for a whole body, and between two parts of it
 _LOG = logging.getLogger("uvicorn.error")
 
 

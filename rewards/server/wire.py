@@ -76,7 +76,7 @@ def _checked(text: str, place: str, max_pixels: int) -> tuple[bytes, tuple[int, 
         raise ValueError(f"{place} is not a base64 PNG") from error
     if start != _PNG_START:
         raise ValueError(f"{place} is not a base64 PNG")
-    if size[0] * size[1] > max_pixels:  # before Pillow sees it: a bomb of a few kB decodes to gigabytes
+    if size[0] * size[1] > max_pixels:  # refuse it before Pillow sees it: a bomb of a few kB decodes to gigabytes
         raise ValueError(f"{place} is {_size(size)}, over the limit of {max_pixels} pixels")
     if kind != _RGB8:
         raise ValueError(f"{place} must be 8-bit RGB")

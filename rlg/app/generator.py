@@ -75,7 +75,7 @@ class Column:
     """The images of one w."""
 
     images: tuple[Image.Image, ...]  # K of them
-    scores: tuple[dict[str, float], ...]  # of each image; without rewards that cannot judge this prompt
+    scores: tuple[dict[str, float], ...]  # scores of each image; without rewards that cannot judge this prompt
 
 
 def scales_of(text: str, w: float, largest: float) -> list[float]:
@@ -123,7 +123,7 @@ class ImageGenerator:
         resolution: int | None = None,
     ):
         self.policy, self.experts, self.reward = policy, tuple(experts), reward
-        self.metadata = dict(metadata or {})  # of prompts that have some, for rewards that need it
+        self.metadata = dict(metadata or {})  # metadata by prompt, for rewards that need it
         self.level, self.max_steps = level, max_steps
         self.resolution, self.shape = resolution, policy.latent_shape(resolution)
         self.samplers = tuple(kernel for kernel in KERNELS if self._has(kernel))

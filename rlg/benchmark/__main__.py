@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         command, module = COMMANDS[argv[0]]
-        command.answer(argv[1:])  # before torch is loaded
+        command.answer(argv[1:])  # answer --help before torch is loaded
         import_module(module).main(argv[1:])
     elif argv and argv[0] in ("-h", "--help"):
         print(__doc__)

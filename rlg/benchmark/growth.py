@@ -81,10 +81,11 @@ class Growth:
 
     of: str  # prompts, or scales
     sizes: list[int]
-    seconds: list[float]  # of an evaluation, medians
+    seconds: list[float]  # median seconds of an evaluation
     line: Line
-    working_bytes: tuple[int, int]  # held by tensors at the peak, above the weights; of the smallest and the largest
-    resident_bytes: tuple[int | None, int | None]  # of the process at the peak
+    # bytes of tensors at the peak, above the weights; of the smallest and the largest size
+    working_bytes: tuple[int, int]
+    resident_bytes: tuple[int | None, int | None]  # bytes of the process at the peak
 
 
 def policy_with_lora(options: RandomModelOptions) -> Policy:

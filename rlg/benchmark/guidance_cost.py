@@ -63,8 +63,8 @@ class Result:
     exact: bool
     nfe: float  # network evaluations an image
     seconds: float  # an image, median over batches
-    cost: Estimate  # by the wall clock
-    cpu_cost: Estimate  # by this process's CPU seconds
+    cost: Estimate  # ratio by the wall clock
+    cpu_cost: Estimate  # ratio by this process's CPU seconds
     peak_bytes: int | None
     distance: Estimate
     reward: float | None = None  # mean
@@ -235,7 +235,7 @@ def distance(x_NCHW: Tensor, full_NCHW: Tensor, tuned_NCHW: Tensor, prompt_N: Se
     if own.mean == 0 or tuned.mean == 0:
         return Estimate(*[0.0 if own.mean == 0 else float("inf")] * 3)
     residual_G = own.residual_G / own.mean - tuned.residual_G / tuned.mean
-    # in logarithms, because a distance is not negative
+    # take logarithms, because a distance is not negative
     log = Estimated(float(np.log(own.mean / tuned.mean)), residual_G).interval()
     return Estimate(*(float(np.exp(end / 2)) for end in (log.mean, log.low, log.high)))
 

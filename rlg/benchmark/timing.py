@@ -32,7 +32,7 @@ class Times:
     """Seconds of one contender, a number for each round."""
 
     wall_R: tuple[float, ...]
-    cpu_R: tuple[float, ...]  # of this process, all its threads
+    cpu_R: tuple[float, ...]  # seconds of this process, all its threads
 
 
 def interleaved(

@@ -34,7 +34,7 @@ class Point:
 
     w: float
     beta: float  # the trained beta over w; inf at w = 0
-    reward: Estimate  # of guidance
+    reward: Estimate  # reward of guidance
     path_kl: Estimate | None
     oracle: Estimate | None  # reward at beta / w
     oracle_kl: Estimate | None  # nats
@@ -105,7 +105,7 @@ class Sweep:
     """
 
     oracle: Oracle
-    reward_P: dict[float, Array]  # by w
+    reward_P: dict[float, Array]  # reward of guidance by w
 
     @property
     def gap_P(self) -> Array:

@@ -110,9 +110,9 @@ def _interpolate(t: float, time_N: Tensor, column_N: Tensor) -> float:
 class Moments:
     """Moments of a law, or of samples of it."""
 
-    mean: float  # of the first coordinate
-    var: float  # of the first coordinate
-    mass: float  # of the half space x > 0
+    mean: float  # mean of the first coordinate
+    var: float  # variance of the first coordinate
+    mass: float  # probability of the half space x > 0
     reward: float  # mean of log(tuned / base), which is reward / beta
 
 

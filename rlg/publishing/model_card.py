@@ -31,7 +31,7 @@ from rlg.stats import PERCENT, Estimate
 
 MARK = "<!-- Written by rlg from the run's files, and kept up to date. Remove this line to keep your own text. -->"
 BASE_LICENSE = "license-of-the-base-model"
-_BASE_LICENSES = {  # as the cards of the bases of configs/ name them
+_BASE_LICENSES = {  # licenses in the cards of the bases of configs/
     "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",

@@ -78,7 +78,7 @@ class PlanePoint:
     """A point of an evaluation on the plane of KL and reward."""
 
     run: Run
-    row: dict[str, Any]  # of the points of summary.json
+    row: dict[str, Any]  # a point of summary.json
     reward: str
 
     @property

@@ -33,7 +33,7 @@ AXIS_NAMES = {
 }
 # The ends are light enough for dark numbers. Every kind of colour vision tells blue from orange.
 COLOURS = LinearSegmentedColormap.from_list("against_tuned", ["#ec8a45", "#f8f7f5", "#5ba7dc"])
-# not the report's colours, because a cell's background stays light in the dark
+# unlike the report's colours, these stay: a cell's background stays light in the dark
 CELL_INK, CELL_MUTED = "#14181d", "#4d5661"
 CELL_WIDTH, CELL_HEIGHT = 1.02, 0.66  # inches
 MAX_DECIMALS = 6

@@ -18,7 +18,7 @@ from rlg.prompts import spread
 from rlg.publishing.wandb_runs import Tracking, caption, log_adapter, one_line, options
 from rlg.runs.sweep_folder import best_metrics
 
-MAX_ROWS, MAX_IMAGES = 256, 64  # of an evaluation: rows of its table, images beside it
+MAX_ROWS, MAX_IMAGES = 256, 64  # most rows of an evaluation's table, most images beside it
 POINTS, ROWS, SAMPLES, FIGURE = (f"evaluation/{name}" for name in ("points", "rows", "images", "curves"))
 _MEASURES = ("n", "nfe_per_image", "seconds_per_image", "kl", "diversity", "ess_at_most")
 _OF_REWARD = ("mean", "low", "high", "delta_vs_tuned", "win_vs_tuned", "win_vs_base")

@@ -55,7 +55,7 @@ class Status:
     name: str  # path below the folder that was given
     kind: str = UNKNOWN
     state: str = FOREIGN
-    step: int | None = None  # of a training; images of an evaluation; ended runs of a sweep
+    step: int | None = None  # step of a training; images of an evaluation; ended runs of a sweep
     total: int | None = None  # steps, images or runs in all
     reward: float | None = None  # the last of a training, the best w's of an evaluation, the best of a sweep
     reward_name: str | None = None  # key of metrics.jsonl, name of a reward or metric
@@ -250,7 +250,7 @@ def _sweep(folder: Path, name: str, now: float) -> Status:
     return Status(
         name,
         KIND_SWEEP,
-        DONE if ended == len(sweep.runs) else STOPPED,  # or running, if one of its runs is
+        DONE if ended == len(sweep.runs) else STOPPED,  # it counts as running if one of its runs is
         ended,
         len(sweep.runs),
         None if best is None else _number(best.metric),

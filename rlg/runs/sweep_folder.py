@@ -24,7 +24,8 @@ from rlg.io.run_folder import METRICS, SUMMARY
 SWEEP, TABLE, LOGS = "sweep.json", "sweep.csv", "logs"
 RUNNING, FINISHED, FAILED, INTERRUPTED = STATUSES = ("running", "finished", "failed", "interrupted")
 _NAME = re.compile(r"run-\d+")  # name of a run: the command writes to the folder of that name
-_DECIDES = ("program", "command", "method", "metric", "parameters")  # with other values of these it is another sweep
+# a sweep with other values of these is another sweep
+_DECIDES = ("program", "command", "method", "metric", "parameters")
 BEST = "best/"  # metric of an evaluation: best/REWARD is the highest mean of the guided points
 
 

@@ -41,8 +41,8 @@ from rlg.runs.sweep_folder import (
 )
 
 METHODS = ("grid", "random", "bayes")
-DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # as in W&B
-_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")  # as in W&B
+DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's default
+_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")  # W&B's syntax
 _OF_AGENTS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 POLL_SECONDS = 0.1
 _MAX_ERROR = 300  # characters of a failed run's last line

@@ -81,28 +81,28 @@ def test_processes_skip_together(tmp_path: Path) -> None:
     for other in ((1.0, 0.0), (0.0, 1.0)):
         skips = Skips(accelerator(other), tmp_path, limit=2)
         skips.watch(torch.tensor(1.0))
-        assert skips.must(1.0) and skips.total == 1
+        assert skips.must_skip(1.0) and skips.total == 1
     skips = Skips(accelerator(), tmp_path, limit=2)
     skips.watch(torch.tensor(math.nan))
-    assert skips.must(1.0)
+    assert skips.must_skip(1.0)
     skips.watch(torch.tensor(1.0))
-    assert not skips.must(1.0)  # the broken loss was of another update
+    assert not skips.must_skip(1.0)  # the broken loss was of another update
 
 
 def test_a_scaler_may_search_but_not_forever(tmp_path: Path) -> None:
     skips = Skips(accelerator(scale=1024.0), tmp_path, limit=2)
-    assert all(skips.must(math.inf) for _ in range(5)) and skips.total == 5
+    assert all(skips.must_skip(math.inf) for _ in range(5)) and skips.total == 5
     skips = Skips(accelerator(scale=0.5), tmp_path, limit=2)
-    assert skips.must(math.inf)
+    assert skips.must_skip(math.inf)
     with pytest.raises(ValueError, match="the gradient was not finite, 2 updates in a row"):
-        skips.must(math.inf)
+        skips.must_skip(math.inf)
 
 
 def test_an_update_that_deepspeed_has_made_is_the_end(tmp_path: Path) -> None:
     skips = Skips(accelerator(kind="DEEPSPEED"), tmp_path, limit=9)
-    assert not skips.must(1.0)
+    assert not skips.must_skip(1.0)
     with pytest.raises(ValueError, match=r"the gradient was not finite, 1 updates .*; nothing is saved yet"):
-        skips.must(math.nan)
+        skips.must_skip(math.nan)
 
 
 def test_a_run_that_diverges_stops_with_its_last_checkpoint(tiny_online: Make, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ class Result:
     speedup: Estimate | None  # over plain; None for plain itself
     wall_speedup: Estimate | None  # the same by the wall clock
     utilisation: float  # share of the peak of a matrix product
-    working_bytes: int  # at the peak of an iteration, above what was held before it
+    working_bytes: int  # bytes at the peak of an iteration, above those held before it
 
 
 def compare(bench: Bench, repeats: int, device: str, peak: float) -> list[Result]:

@@ -177,7 +177,7 @@ def optimizer_state(optimizer: Any, parameters: Sequence[nn.Parameter]) -> dict[
 
     inner, state = zero.optimizer, {}
     steps = [slots["step"] for slots in inner.state.values() if "step" in slots]
-    for i, parameter in enumerate(parameters if steps else ()):  # before the first step there is no state
+    for i, parameter in enumerate(parameters if steps else ()):  # there is no state before the first step
         slots = {name: safe_get_full_optimizer_state(parameter, name) for name in _SLOTS}
         state[i] = {"step": torch.as_tensor(steps[0]).cpu().clone()} | slots
     groups = [{name: value for name, value in group.items() if name != "params"} for group in inner.param_groups]

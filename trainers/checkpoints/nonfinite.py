@@ -33,14 +33,14 @@ class Skips:
         self.accelerator, self.folder = accelerator, folder
         self.limit = 1 if engines.is_deepspeed(accelerator) else limit
         self.total = self.in_a_row = 0
-        self._broken: Tensor | None = None  # set if a loss since the last update was not finite
+        self._broken: Tensor | None = None  # true if a loss since the last update was not finite
 
     def watch(self, loss: Tensor) -> None:
         """Check a loss that goes into the next update."""
         broken = ~loss.detach().isfinite()
         self._broken = broken if self._broken is None else self._broken | broken
 
-    def must(self, grad_norm: Any) -> bool:
+    def must_skip(self, grad_norm: Any) -> bool:
         """Tell whether to skip the due update, and count it if so.
 
         The update is skipped if one process has to. Raises ValueError where too many were. A gradient scaler (fp16)

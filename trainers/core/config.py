@@ -282,7 +282,10 @@ def own_options(kind: type[RunConfig], base: type[RunConfig]) -> dict[str, Any]:
 
 
 def require_inputs(config: Any, given: Collection[str], *names: str) -> None:
-    """Raise ValueError for inputs that neither config nor caller names."""
+    """Raise ValueError for inputs that are neither named nor given.
+
+    The config names them, or the trainer is given them.
+    """
     missing = [name for name in names if not getattr(config, name) and name not in given]
     if missing:
         raise ValueError(f"there is nothing to train on without {' and '.join(missing)}; see --help")

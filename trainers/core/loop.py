@@ -1,6 +1,8 @@
 """The loop of every trainer: iterate, log, evaluate, save, stop.
 
-An algorithm adds `iteration`. An interruption stops the loop after a checkpoint. Legend: B batch.
+An algorithm adds `iteration`. An interruption stops the loop after a checkpoint.
+
+Legend: B batch.
 """
 
 from __future__ import annotations
@@ -183,7 +185,7 @@ class Trainer:
             engines.average_gradients(self.accelerator, self.policy.trainable())
             norm = self.accelerator.clip_grad_norm_(self.policy.trainable(), self.config.max_grad_norm)
             metrics["grad_norm"] = torch.as_tensor(norm, device=self.accelerator.device).detach()
-            skipped = self.skips.must(norm)
+            skipped = self.skips.must_skip(norm)
             if skipped:
                 self.state.optimizer.zero_grad()  # a step without gradients changes nothing, moments included
         self.state.optimizer.step()

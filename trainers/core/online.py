@@ -1,7 +1,9 @@
 """Base of trainers that learn from their own samples.
 
-It has groups of images a prompt, rewards and advantages. Legend: B samples of one process. Prompts and noise depend on
-(seed, iteration) alone, so that resuming, and any number of processes, give the same samples.
+It has groups of images a prompt, rewards and advantages. Prompts and noise depend on (seed, iteration) alone, so that
+resuming, and any number of processes, give the same samples.
+
+Legend: B samples of one process.
 """
 
 from __future__ import annotations

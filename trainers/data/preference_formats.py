@@ -6,12 +6,14 @@ A format is known by its columns; further columns are ignored:
     HPDv2          prompt, image_path or file_path: [2], human_preference: [2]   [1, 0]: the first wins
     image folder   caption, chosen, rejected
 
-Labels 0.5/0.5 are a tie: it is dropped and counted. Paths are relative to the image root and must stay inside it. An
+A tie (labels 0.5/0.5) is dropped and counted. Paths are relative to the image root and must stay inside it. An
 unusable row is counted by reason, and gives no pair. Captions, labels and paths are checked at once. Images are
 checked at once where `verify` says so, and otherwise when their turn comes.
 
 A set on disk is read in endless epochs. An epoch is a permutation of the kept rows that follows from (seed, epoch).
-Streams have an order of their own (`trainers.data.preference_streams`). Legend: N rows.
+Streams have an order of their own (`trainers.data.preference_streams`).
+
+Legend: N rows.
 """
 
 from __future__ import annotations

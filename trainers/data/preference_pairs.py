@@ -3,9 +3,10 @@
 Formats, and reasons that make a row unusable, are in `trainers.data.preference_formats`. The next good row takes the
 place of a row with a broken image. So a batch depends on (seed, step) alone, whichever process finds the broken image.
 
-Global batch s holds positions [s G, (s + 1) G) of an endless sequence of epochs. Process r of n takes the r-th n-th of
-it. Of a stream, each process reads a share of its own, so that the order depends on n. A checkpoint keeps the place of
-each process; a resume reads again all rows after the last bookmark.
+Global batch s holds positions [s G, (s + 1) G) of an endless sequence of epochs. It has a part of equal size for each
+process, in the order of ranks. If the data is a stream, each process reads a share of its own, so that the order
+depends on the number of processes. A checkpoint keeps the place of each process; a resume reads again all rows after
+the last bookmark.
 
 Legend: G pairs of a step, over all processes; B pairs of one process.
 """
@@ -161,7 +162,7 @@ def _format_of(columns: Sequence[str]) -> Format:
 
 
 def _undecoded(dataset: Any) -> Any:
-    """Have image columns come as bytes.
+    """Make image columns come as bytes.
 
     `datasets` would otherwise fail at the first broken image.
     """
