@@ -91,9 +91,9 @@ class RewardMix:
     ) -> RewardScores:
         """Total and parts for B images in [0, 1].
 
-        Raises ValueError for images of another shape, type or range and for as many prompts or metadata as there are
-        not images; RewardError when a reward raises, or returns another shape, NaN or an infinity (see `lenient`), or
-        takes too long.
+        Raises ValueError for images of another shape, type or range, and where the numbers of images, prompts and
+        metadata differ. Raises RewardError for a reward that raises, takes too long, or returns another shape, NaN or
+        an infinity (see `lenient`).
         """
         return self.weigh(self.parts(self.names, images_B3HW, prompts, metadata))
 

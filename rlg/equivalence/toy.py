@@ -89,8 +89,15 @@ CASES = {
     )
 }
 ROWS = [
-    *(("linear", 2.0), ("narrow", 0.5), ("narrow", 1.5), ("narrow", 2.0), ("wide", 2.0)),
-    *(("modes", w) for w in (0.5, 1.5, 2.0, 3.0)),
+    ("linear", 2.0),
+    ("narrow", 0.5),
+    ("narrow", 1.5),
+    ("narrow", 2.0),
+    ("wide", 2.0),
+    ("modes", 0.5),
+    ("modes", 1.5),
+    ("modes", 2.0),
+    ("modes", 3.0),
     ("plane", 2.0),
 ]
 SHOWN = ("linear", "modes", "narrow", "plane")

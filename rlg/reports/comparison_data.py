@@ -34,9 +34,22 @@ from rlg.runs.sweep_folder import FINISHED, INTERRUPTED, is_sweep, read_metrics,
 
 MAX_AXES = 8  # axes of parallel coordinates, besides the metric
 _NO_PARAMETERS = (  # options that do not change what is trained
-    *("name", "output_dir", "save_steps", "save_total_limit", "sample_steps", "report_to", "project"),
-    *("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license"),
-    *("eval_steps", "eval_num_prompts", "eval_prompts", "held_out_reward"),
+    "name",
+    "output_dir",
+    "save_steps",
+    "save_total_limit",
+    "sample_steps",
+    "report_to",
+    "project",
+    "log_adapter",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "adapter_license",
+    "eval_steps",
+    "eval_num_prompts",
+    "eval_prompts",
+    "held_out_reward",
 )
 _SETTINGS = ("adapter", "base", "sampler", "steps", "cfg", "level", "schedule", "origin", "seed", "k", "num_prompts")
 

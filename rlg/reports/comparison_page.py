@@ -43,12 +43,9 @@ def write_table(comparison: Comparison, bests: Sequence[BestOf], file: Path) -> 
 
 def _numbers(best: BestOf) -> list[Any]:
     mean, delta = best.found.mean, best.found.delta
-    return [
-        *(best.reward, best.found.w, *best.found.between),
-        *(mean.mean, mean.low, mean.high),
-        *((delta.mean, delta.low, delta.high) if delta else [None] * 3),
-        *(best.kl, best.found.n),
-    ]
+    weights = [best.found.w, *best.found.between]
+    differences = [delta.mean, delta.low, delta.high] if delta else [None] * 3
+    return [best.reward, *weights, mean.mean, mean.low, mean.high, *differences, best.kl, best.found.n]
 
 
 def write_runs_report(

@@ -202,31 +202,32 @@ def step_seconds(rows: Sequence[dict[str, Any]]) -> float | None:
 def _evaluation(folder: Path, name: str, now: float) -> Status:
     meta = _json(folder / META)
     files = sorted(folder.glob(ALL_ROWS))
-    summary = folder / SUMMARY
-    written = _json(summary) if summary.is_file() else {}
-    whole = bool(written) and files == [folder / ROWS] and summary.stat().st_mtime >= files[0].stat().st_mtime
-    step = sum(point["n"] for point in written["points"]) if whole else sum(map(_lines, files))
+    summary_file = folder / SUMMARY
+    summary = _json(summary_file) if summary_file.is_file() else {}
+    joined = files == [folder / ROWS]
+    is_current = bool(summary) and joined and summary_file.stat().st_mtime >= files[0].stat().st_mtime
+    images = sum(point["n"] for point in summary["points"]) if is_current else sum(map(_lines, files))
     total = _whole(_json(folder / PLAN).get("images")) if (folder / PLAN).is_file() else None
-    last = [value for file in files for row in tail(file)[-_BATCH:] if (value := _number(row.get("seconds")))]
-    seconds = statistics.fmean(last) if last else None
-    idle = _idle_seconds([*files, folder / META, summary], now)
-    # each process writes a file of its own, and they are joined at the end
-    at_once = sum(file.name != ROWS for file in files)
-    done = whole if total is None else step >= total and not at_once
+    latest = [value for file in files for row in tail(file)[-_BATCH:] if (value := _number(row.get("seconds")))]
+    seconds = statistics.fmean(latest) if latest else None
+    idle = _idle_seconds([*files, folder / META, summary_file], now)
+    # Each process writes a file of its own, and they are joined at the end.
+    open_files = sum(file.name != ROWS for file in files)
+    done = is_current if total is None else images >= total and not open_files
     state = _state(folder, done, idle, _BATCH * (seconds or 0.0))
-    at_once = max(1, at_once)
-    left = None if seconds is None or total is None or state == DONE else max(0, total - step) * seconds / at_once
+    per_second = max(1, open_files) / seconds if seconds else None
+    left = None if per_second is None or total is None or state == DONE else max(0, total - images) / per_second
     reward = str(meta["trained_rewards"][0]).partition("=")[0]
-    w, best = _best(written, reward)
+    w, best = _best(summary, reward)
     return Status(
         name,
         EVALUATION,
         state,
-        step,
-        step if state == DONE else total,
-        best,
-        reward if best is not None else None,
-        images_per_second=at_once / seconds if seconds else None,
+        step=images,
+        total=images if state == DONE else total,
+        reward=best,
+        reward_name=reward if best is not None else None,
+        images_per_second=per_second,
         seconds_left=left,
         idle_seconds=idle,
         note="" if w is None else f"at w = {w:g}",

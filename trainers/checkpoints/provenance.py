@@ -25,10 +25,26 @@ from trainers.core.run_folder import write_config
 
 _PACKAGES = ("accelerate", "trl", "datasets")  # besides those that decide the numbers of an evaluation
 _CHANGED = "# changed at"  # beginning of such a comment in config.yaml
-_MAY_CHANGE = ("name", "output_dir", "max_steps", "save_steps", "save_total_limit", "sample_steps", "max_skipped")
-_MAY_CHANGE += ("report_to", "project", "reward_seconds")
-_MAY_CHANGE += ("gradient_checkpointing", "compile", "update_batch_size")  # they change numbers by rounding alone
-_MAY_CHANGE += ("log_adapter", "push_to_hub", "hub_model_id", "hub_private_repo", "adapter_license")
+_MAY_CHANGE = (
+    "name",
+    "output_dir",
+    "max_steps",
+    "save_steps",
+    "save_total_limit",
+    "sample_steps",
+    "max_skipped",
+    "report_to",
+    "project",
+    "reward_seconds",
+    "gradient_checkpointing",  # it changes numbers by rounding alone, as do the next two
+    "compile",
+    "update_batch_size",
+    "log_adapter",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "adapter_license",
+)
 
 
 def record(
