@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What guidance costs and what cheaper ways keep, on three tuned models of tiny-sd3, and docs/cost.png from the three.
+# What guidance costs and what cheaper ways keep, on three tuned models of tiny-sd3, and docs/img/cost.png from the three.
 #
 #   bash launch/cost.sh COMPRESSIBILITY_CKPT COMPOSITION_CKPT TEXT_CKPT [more options of rlg.benchmark guidance]
 set -euo pipefail
@@ -16,4 +16,4 @@ measure() {
 measure compressibility "$1" 2 --k 4 "${@:4}"
 measure composition "$2" 3 --k 16 "${@:4}"
 measure text "$3" 4 --k 4 --mode full+batch reuse:2 reuse_at:0 reuse_at:1 scaled scaled_but:0:carry "${@:4}"  # four steps
-python -m rlg.benchmark.guidance_figure "$out"/{compressibility,composition,text}/results.json --output docs/cost
+python -m rlg.benchmark.guidance_figure "$out"/{compressibility,composition,text}/results.json --output docs/img/cost

@@ -1,6 +1,6 @@
 """Table and figure of `python -m rlg.benchmark guidance`.
 
-python -m rlg.benchmark.guidance_figure runs/A/results.json runs/B/results.json --output docs/cost
+python -m rlg.benchmark.guidance_figure runs/A/results.json runs/B/results.json --output docs/img/cost
 """
 
 from __future__ import annotations

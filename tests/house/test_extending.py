@@ -1,9 +1,10 @@
-"""The project extended from outside, through what CONTRIBUTING.md names, and nothing else touched."""
+"""The project extended from outside, by the code of docs/extending.md, and nothing else touched."""
 
 from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import rlg
 import trainers
-from rewards import RewardMix
+from rewards import REWARDS, RewardMix, RewardSpec, build
 from rlg.diffusion.conditioning import Conditioning
 from rlg.diffusion.sampling import SampleId, SampleNoise, sample
 from rlg.evaluation.evaluator import EvalSettings, Evaluator
@@ -25,9 +26,9 @@ from rlg.guidance import guided
 from rlg.models.backbones import BACKBONES, pipeline_cfg
 from rlg.models.policy import Policy
 from rlg.publishing import model_card
-from tests.conftest import ONLINE, PROMPTS
-from tests.support import rescaled_rule
+from tests.conftest import ONLINE, PROMPTS, check_contract
 from tests.support.commands import options, run
+from tests.support.documented import EXTENDING, module, python_blocks
 from tests.support.golden import read_lines
 from tests.support.other_families import OTHERS
 from tests.support.paths import ROOT
@@ -121,6 +122,18 @@ def test_every_family_has_a_tiny_pipeline() -> None:
     assert {type(family.build()).__name__ for family in FAMILIES.values()} == BACKBONES.keys()
 
 
+# --- a reward -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_is_a_file_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    module("rewards/redness.py")
+    ((name, line),) = re.findall(r'`"(\w+)":\s+(RewardSpec\([^`]*\)),`', EXTENDING.read_text())
+    monkeypatch.setitem(REWARDS, name, eval(line, {"RewardSpec": RewardSpec}))
+    images_B3HW = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])[:, :, None, None].expand(-1, -1, 8, 8)
+    scores_B = check_contract(build([name]).rewards[name], images_B3HW, TEXTS[:2], [{}, {}])
+    assert scores_B.tolist() == [1.0, -1.0]
+
+
 # --- a trainer ----------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +184,33 @@ def test_a_trainer_is_two_files_and_a_script(
         reinforce()
 
 
+def test_the_trainer_of_the_page_trains_and_goes_on(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its best sample of each group has the group's weight: by hand, and as a command."""
+    for path in ("trainers/raft_config.py", "trainers/raft.py"):
+        module(path)
+    weight_B = module("trainers/raft.py").best_of_group(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1]))
+    assert weight_B.tolist() == [0.0, 2.0, 1.0]
+    training = options(
+        base=tiny_folder("sd3"),
+        output_dir=tmp_path,
+        name="run",
+        reward="colourfulness",
+        prompts="tinyworld:composition/train",
+        dtype="float32",
+        num_prompts=2,
+        num_generations=2,
+        steps=2,
+        batch_size=4,
+        sample_steps=0,
+    )
+    for more in (["--max_steps", "1"], ["--max_steps", "2", "--resume"]):
+        monkeypatch.setattr(sys, "argv", ["train_raft.py", *training, *more])
+        commands.train("raft")
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
 def test_a_trainer_steps_along_the_score(reinforce: Callable[[], None], tiny_online: Callable[..., Any]) -> None:
     """By hand, - (0.5 * -1 - 0.5 * -3) / 2; and the images of a better reward become likelier."""
     module, config = (importlib.import_module(f"trainers.reinforce{end}") for end in ("", "_config"))
@@ -188,9 +228,8 @@ def test_a_trainer_steps_along_the_score(reinforce: Callable[[], None], tiny_onl
 
 def test_a_rule_is_a_file_and_a_row(tiny_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is run at each w but 0 and 1, beside RLG, with passes and a path KL of its own."""
-    row = Method(
-        "rescaled", "guided, rescaled", Mark(5, "P", "-", 3.1), ends=RLG, rule=f"{rescaled_rule.__name__}:rescaled"
-    )
+    rule = f"{module('rlg/guidance/rescaled.py').__name__}:rescaled"
+    row = Method("rescaled", "guided, rescaled", Mark(5, "P", "-", 3.1), ends=RLG, rule=rule)
     monkeypatch.setitem(METHODS, "rescaled", row)
     settings = EvalSettings((0.0, 1.0, 3.0), (RLG, "rescaled"), 2, "sde", 0.7, 1.0, None, 1, seed=0, batch_size=4)
     assert ("rescaled", (3.0,)) in list(settings.sweeps())
@@ -210,7 +249,19 @@ def test_a_rule_keeps_the_spread_of_the_tuned_model() -> None:
 
     x, cond = torch.zeros(1, 1, 1, 2), Conditioning({})
     for base, expected in (((1.0, -1.0), (4.0, 2.0)), ((-1.0, 1.0), None)):
-        rule = rescaled_rule.rescaled(constant(*base), constant(2.0, 0.0), 3.0)
+        rule = module("rlg/guidance/rescaled.py").rescaled(constant(*base), constant(2.0, 0.0), 3.0)
         out = rule(x, torch.ones(1), cond)
         assert float(out.std()) == pytest.approx(math.sqrt(2))  # of (2, 0)
         assert expected is None or out.flatten().tolist() == pytest.approx(expected)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_every_block_of_the_page_is_short_and_is_run_here() -> None:
+    """At most 25 lines of code each: what the tests above do not name would fail to be found."""
+    here = Path(__file__).read_text() + (ROOT / "tests/support/other_families.py").read_text()
+    for code in python_blocks(EXTENDING):
+        path = code.partition("\n")[0].removeprefix("# ")
+        assert f'"{path}"' in here or f"'{path}'" in here, path
+        assert len([line for line in code.splitlines()[1:] if line.strip()]) <= 25, path

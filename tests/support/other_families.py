@@ -1,7 +1,8 @@
 """Two model families that the project does not have, as someone outside would add them: FLUX.1 and PixArt-Sigma.
 
 FLUX.1 packs its latents by 2 x 2, takes a distilled guidance, and shifts its noise levels by the image's size. PixArt
-masks its text, predicts a variance that is left out, and has no LoRA files in diffusers.
+masks its text, predicts a variance that is left out, and has no LoRA files in diffusers. Its record is the one of
+docs/extending.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFas
 from rlg.diffusion.conditioning import Conditioning
 from rlg.models.backbones import Backbone
 from rlg.tinyworld import networks
+from tests.support.documented import module
 from tests.support.tiny_families import TinyFamily
 
 LETTERS = [
@@ -102,28 +104,6 @@ def tiny_flux() -> diffusers.DiffusionPipeline:
 # --- PixArt-Sigma -------------------------------------------------------------------------------------------------
 
 
-def pixart_encode(pipe: Any, prompts: Sequence[str], t5_length: int = TOKENS) -> Conditioning:
-    options = {"do_classifier_free_guidance": False, "max_sequence_length": t5_length}
-    embeds, mask, _, _ = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **options)
-    return Conditioning({"encoder_hidden_states": embeds, "encoder_attention_mask": mask})
-
-
-def pixart_forward(network: nn.Module, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-    sizes = {"resolution": None, "aspect_ratio": None}
-    out = network(x_BCHW, timestep=t_B, added_cond_kwargs=sizes, return_dict=False, **cond.tensors)[0]
-    return out[:, : x_BCHW.shape[1]]  # the noise; its variance lies behind
-
-
-PIXART = Backbone(
-    "transformer",
-    ("text_encoder",),
-    ("to_q", "to_k", "to_v", "to_out.0"),
-    pixart_encode,
-    pixart_forward,
-    max_t5_length=300,
-)
-
-
 def tiny_pixart() -> diffusers.DiffusionPipeline:
     encoder, spelling = t5()
     transformer = diffusers.PixArtTransformer2DModel(
@@ -140,7 +120,7 @@ OTHERS = {
     "flux": ("FluxPipeline", FLUX, TinyFamily(tiny_flux, pack, {"max_sequence_length": TOKENS})),
     "pixart": (
         "PixArtSigmaPipeline",
-        PIXART,
-        TinyFamily(tiny_pixart, options={"max_sequence_length": TOKENS, "use_resolution_binning": False}),
+        module("rlg/models/backbones/pixart.py").BACKBONE,
+        TinyFamily(tiny_pixart, options={"use_resolution_binning": False}),
     ),
 }

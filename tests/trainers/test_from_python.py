@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from torch import Tensor
 from rewards import RewardMix
 from rlg.models.policy import Policy
 from rlg.prompts import Prompt
+from tests.support.documented import python_blocks
 from tests.support.paths import ROOT
 from tests.support.smooth_rewards import brightness
 from trainers.data import preference_pairs
@@ -259,7 +259,7 @@ def test_dpo_is_online_by_its_config(config: Make) -> None:
 
 def test_what_docs_say_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainers.md").read_text(), re.DOTALL)
+    first, second = python_blocks(ROOT / "docs" / "training.md")
     space: dict[str, Any] = {}
     exec(first, space)
     assert space["checkpoint"] == Path("runs/red/checkpoint-2") and space["checkpoint"].is_dir()
