@@ -1,9 +1,11 @@
-# make demo | test | test-slow | test-cpus | test-quant | lint | format | clean; each sets up .venv first, once.
+# make demo | docs | test | test-slow | test-cpus | test-quant | lint | format | clean; each sets up .venv first, once.
 # make test-cpus runs the numerics tests as other CPUs would: other kernels, other blocking, more threads.
 # make test-quant runs the tests on quantised bases, with libraries that are not in .venv.
 # make test-install builds the wheel, installs it into a clean environment, and uses it from another folder (minutes).
 # make test-parity compares rewards with the published packages, in an environment of its own (.venv-parity, 5 GB).
 # make test-lowest runs the numerics tests with the lowest versions of pyproject.toml, in .venv-lowest.
+# make docs builds the site of docs/ into build/site, with its links checked, in an environment of its own (.venv-docs).
+# make test-docs runs the commands of README.md and docs/, as docs/commands.yaml says.
 #
 #   PYTHON=python3.12                interpreter of the environment (default: python3.11, else python3)
 #   PIP_FLAGS="--extra-index-url U"  more flags for pip, as for a build of torch without CUDA
@@ -15,7 +17,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-cpus test-quant test-parity test-install test-lowest demo lint format clean
+.PHONY: help venv test test-slow test-cpus test-quant test-parity test-install test-lowest docs test-docs demo lint \
+    format clean
 
 # The first that runs, not the first that is found: a version manager's shim may stand for nothing.
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
@@ -130,6 +133,27 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt tests/support/lowest_versio
 	@$(LOWEST_PIP) -e '.[hpsv2,remote,serve,sweep]' pytest pytest-xdist hypothesis
 	@touch $@
 
+DOCS := .venv-docs
+
+# It reads the code and does not import it. Warnings are errors, and the build asks nothing of the network.
+docs: $(DOCS)/.installed
+	@echo '== the site: build/site/index.html'
+	@PATH="$(abspath $(DOCS))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	@echo '== environment: $(DOCS), half a minute, once'
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(PYTHON) -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	    > $(DOCS)/docs.txt
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt \
+	    -r $(DOCS)/docs.txt
+	@touch $@
+
+test-docs: $(STAMP)
+	@echo '== commands of README.md and docs/'
+	@$(BIN)/python -m tests.support.documented_commands
+
 # Nothing is downloaded. Threads: accelerate would otherwise take the number of physical cores, and warn.
 demo: export HF_HUB_OFFLINE = 1
 demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -154,5 +178,5 @@ format: $(STAMP)
 
 # runs/ is kept: nothing here deletes results.
 clean:
-	@rm -rf $(VENV) $(PARITY) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(PARITY) $(LOWEST) $(DOCS) build dist *.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

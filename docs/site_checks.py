@@ -1,0 +1,29 @@
+"""Hooks of mkdocs: links out of docs/ lead to a file, and the site asks nothing of another server."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_OUT = re.compile(r"\[([^\]]+)\]\(\.\./([^)#\s]+)(?:#[^)\s]*)?\)")
+_ASSET = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Show links to files outside of docs/ as the file's path. Raises ValueError for a file that is not there."""
+    root = Path(config.config_file_path).parent
+
+    def path(match: re.Match[str]) -> str:
+        if not (root / match[2]).exists():
+            raise ValueError(f"{page.file.src_path}: no file {match[2]} in the repository")
+        return f"`{match[2]}`"
+
+    return _OUT.sub(path, markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Raises ValueError for a script, a picture or a style sheet of another server."""
+    if found := _ASSET.search(output):
+        raise ValueError(f"{page.file.src_path} loads {found[1]}")
+    return output
