@@ -118,6 +118,7 @@ def main() -> None:
     """Run all; exit with 1 if one failed."""
     failed, asked = 0, [entry for entry in entries() if entry.kind in ("run", "dry")]
     os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more of them wait for one another where other work runs
     with tempfile.TemporaryDirectory() as folder:
         scratch(Path(folder))
         os.chdir(folder)
