@@ -40,6 +40,26 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in anchors(str(target)), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    """As code: `rlg/stats.py`, `configs/tiny/*.yaml`, `rlg.guidance.modes`; not what stands for many (NAME)."""
+    for code in re.findall(r"`([^`\s]+)`", page.read_text(encoding="utf-8")):
+        if "NAME" in code:
+            continue
+        if re.fullmatch(r"(rlg|trainers|rewards|configs|launch|tests|docs)/[\w/.*{},-]+", code):
+            assert any(list(ROOT.glob(each)) for each in _braces(code.rstrip("/"))), code
+        elif re.fullmatch(r"(rlg|trainers|rewards)(\.[a-z_]+)+", code):
+            names = code.split(".")  # of a module, or of something in one
+            places = [ROOT.joinpath(*names[:end]) for end in (len(names), len(names) - 1)]
+            assert any(place.is_dir() or place.with_suffix(".py").is_file() for place in places), code
+
+
+def _braces(pattern: str) -> list[str]:
+    """a/{b,c}/d as a/b/d and a/c/d."""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    return [pattern.replace(found[0], each) for each in found[1].split(",")] if found else [pattern]
+
+
 def test_the_tree_names_every_folder() -> None:
     named = set(re.findall(r"^    (\w+)/ ", README.read_text(encoding="utf-8"), re.MULTILINE))
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
