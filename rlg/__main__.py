@@ -41,6 +41,7 @@ COMMANDS = {  # subcommand: its module; the list shows them in this order
     "pretraining": "rlg.pretraining",
     "show": "rlg.pretraining.show",
     "sprites": "rlg.pretraining.sprites",
+    "agreement": "rlg.pretraining.agreement",
     "contact_sheet": "rlg.contact_sheet",
     "guidance_figure": "rlg.benchmark.guidance_figure",
 }

@@ -1,4 +1,6 @@
-"""Detector for the emoji world: the known drawings, laid over every place of the image in a few sizes.
+"""Detect the emoji world's things by matching with the known drawings.
+
+Each drawing is laid over every place of the image, in a few sizes.
 
 An image I = B + D lies on paper B; a drawing with colours s and opacity a would add t = a (s - B) to it. Both D and t
 pass a filter first: a difference of Gaussians, so that neither blur nor the mere tone of an area counts much. The
@@ -41,7 +43,7 @@ class _Templates:
     energy_N6: Tensor  # |t|^2 + |D|^2 as a form in (1, paper's three channels, |paper|^2, |D|^2)
 
     def scores(self, spectrum_4F: Tensor, energy_HW: Tensor, paper_3HW: Tensor) -> Tensor:
-        """(N, y, x) scores of the drawings with their upper left corner at (y, x)."""
+        """Scores (N, y, x) of the drawings, by their upper left corners."""
         places = SIDE - self.size + 1
         product_NF = (spectrum_4F * self.spectra_N4F).sum(dim=1)
         twice_NHW = torch.fft.irfft2(product_NF, s=(SIDE, SIDE))[:, :places, :places]
@@ -83,12 +85,15 @@ def _blurred(images_BCHW: Tensor, sigma: float) -> Tensor:
 
 
 def _filtered(images_BCHW: Tensor) -> Tensor:
-    """What is finer than an area's tone and coarser than noise."""
+    """Keep details finer than an area's tone and coarser than noise."""
     return _blurred(images_BCHW, _FINE) - _COARSE_SHARE * _blurred(images_BCHW, _COARSE)
 
 
 def detect(image_3HW: Tensor) -> list[Detection]:
-    """Objects in one image, float RGB in [0, 1], best first; boxes are in pixels of the image at 64 x 64."""
+    """Find the objects in one image, best first.
+
+    The image is float RGB (3, H, W) in [0, 1]. Boxes are in pixels of the image at 64 x 64.
+    """
     if image_3HW.numel() == 0:
         return []
     image_3HW = _resized(image_3HW.detach().float().cpu())
@@ -109,7 +114,10 @@ def _resized(image_3HW: Tensor) -> Tensor:
 
 
 def _best(image_3HW: Tensor) -> tuple[Tensor, Tensor]:
-    """The best score of an object with its centre at each pixel, and which it is: an index over sizes and drawings."""
+    """Best score of an object centred at each pixel, and its index.
+
+    The index counts drawings, and then sizes.
+    """
     paper_3HW = paper(image_3HW)
     rest_3HW = _filtered((image_3HW - paper_3HW)[None])[0]
     channels_4HW = torch.cat([rest_3HW, (rest_3HW * paper_3HW).sum(dim=0, keepdim=True)])
@@ -132,7 +140,7 @@ def _detection(index: int, y: int, x: int, score: float) -> Detection:
 
 
 def paper(image_3HW: Tensor) -> Tensor:
-    """The image's background (3, 64, 64): for each channel a plane, fitted to the pixels that are near to it.
+    """Background (3, 64, 64) of an image: one fitted plane a channel.
 
     The fit begins with the border's median; pixels far from the plane lose their weight (Geman-McClure).
     """

@@ -1,4 +1,6 @@
-"""The emoji world's drawings: 48 nouns from Noto Emoji, some in several colours, at any size.
+"""Drawings of the emoji world: 48 nouns from Noto Emoji.
+
+They come at any size, and some nouns in several colours.
 
 They are in noto/sprites.png, 64 x 64 pixels each, in the order of `DRAWINGS`; `python -m rlg.pretraining.sprites`
 made the file. noto/ATTRIBUTION.md says whose they are. The detector matches with them (`rewards.detectors.matching`),
@@ -43,7 +45,10 @@ DRAWINGS = tuple((noun, color) for noun in NOUNS for color in COLORED.get(noun, 
 
 @cache
 def _sheet() -> Tensor:
-    """(drawings, 4, CELL, CELL) in [0, 1]; red, green and blue are multiplied by alpha."""
+    """Read the sheet as (drawings, 4, CELL, CELL) in [0, 1].
+
+    Red, green and blue are multiplied by alpha.
+    """
     with Image.open(SHEET) as image:
         pixels_HW4 = torch.from_numpy(np.array(image.convert("RGBA"))).float() / 255
     rows = pixels_HW4.shape[0] // CELL
@@ -54,8 +59,9 @@ def _sheet() -> Tensor:
 
 @cache
 def drawings(size: int) -> Tensor:
-    """All drawings (len(DRAWINGS), 4, size, size) in [0, 1]: RGB multiplied by alpha, and alpha.
+    """Resize all drawings to (len(DRAWINGS), 4, size, size), in [0, 1].
 
-    The tensor is everybody's: do not write to it.
+    The channels are red, green and blue, multiplied by alpha, and alpha. All callers share the tensor: do not write
+    to it.
     """
     return functional.interpolate(_sheet(), (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -62,7 +62,7 @@ FIRST, SECOND = "matching (the reward)", "keypoints (learnt)"
 
 
 def read_by_both(model: nn.Module, images_B3HW: Tensor) -> dict[str, Things]:
-    """What each detector sees in each image."""
+    """Read each image with both detectors."""
     from rewards.detectors import matching
 
     return {FIRST: [matching.detect(image) for image in images_B3HW], SECOND: keypoints.detect(model, images_B3HW)}
@@ -74,15 +74,19 @@ def names_of(read: Things) -> Names:
 
 
 def precision_and_recall(truth: Names, read: Names) -> tuple[float, float]:
-    """The share of what is read that is there, and the share of what is there that is read, over all images."""
+    """Compare what is read with what is there, over all images.
+
+    Precision is the share of the things read that are there; recall is the share of the things there that are read.
+    """
     shared = sum((Counter(a) & Counter(b)).total() for a, b in zip(truth, read, strict=True))
     return shared / max(sum(map(len, read)), 1), shared / max(sum(map(len, truth)), 1)
 
 
 def agreement(prompts: Sequence[Prompt], read: dict[str, Things]) -> dict[str, Any]:
-    """Both strict verdicts on the same images, how often they are the same, and Cohen's kappa.
+    """Compare the strict verdicts of both detectors on the same images.
 
-    Intervals are over prompts. `things`: precision and recall of the second detector, with the first as the truth.
+    `same` is the share of equal verdicts, `kappa` is Cohen's. Intervals are over prompts. `things` has precision and
+    recall of the second detector, with the first as the truth.
     """
     from rewards.composition import score
 
@@ -151,7 +155,7 @@ def _tag_row(row: dict[str, Any]) -> list[str]:
 
 
 def summarise(options: AgreementOptions, policy: Policy, model: nn.Module) -> dict[str, Any]:
-    """Read scenes and a model's images with both detectors; the content of summary.json."""
+    """Content of summary.json: both detectors on scenes and on images."""
     generator = generator_of(options.seed, options.train_steps)  # no step of the training drew from it
     plain, layouts = keypoints.scenes(options.scenes, generator)
     truth = keypoints.names(layouts)

@@ -1,4 +1,4 @@
-"""The pretraining's autoencoder, the latents of a fixed set of scenes, and a decoder that goes on alone."""
+"""Stage 1 of the pretraining: the autoencoder, and latents of scenes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Latents:
     captions: list[str]
 
     def normalised(self, vae: AutoencoderKL) -> Tensor:
-        """Latents of variance 1, with the scale (and shift, where the family has one) set in the config of `vae`."""
+        """Scale the latents to variance 1, and tell the autoencoder's config.
+
+        The config gets the scale, and the shift if the family has one.
+        """
         shift = self.latents_NCHW.mean().item() if vae.config.shift_factor is not None else 0.0
         scale = 1 / (self.latents_NCHW - shift).std().item()
         vae.register_to_config(scaling_factor=scale)
@@ -39,7 +42,9 @@ class Latents:
 
 
 def vae_loss(vae: AutoencoderKL, images_B3HW: Tensor, weight_B1HW: Tensor, generator: torch.Generator) -> Tensor:
-    """L1 + 4 L2 + 1e-3 KL (the KL is a mean over latent dimensions), images in [0, 1].
+    """Loss of the autoencoder: L1 + 4 L2 + 1e-3 KL.
+
+    Images are in [0, 1]. The KL is a mean over latent dimensions.
 
     weight_B1HW: of each pixel in L1 and L2.
     """
@@ -53,7 +58,10 @@ def vae_loss(vae: AutoencoderKL, images_B3HW: Tensor, weight_B1HW: Tensor, gener
 
 
 def crowded_scenes(world: World, count: int, generator: torch.Generator) -> Tensor:
-    """Scenes (B, 3, H, W) for the autoencoder: of twice as many the half that shows most things."""
+    """Draw full scenes (B, 3, H, W) for the autoencoder.
+
+    Of twice as many captions, the half with most things is drawn.
+    """
     prompts = world.training_prompts(2 * count, generator)
     prompts.sort(key=lambda prompt: -sum(clause["count"] for clause in prompt.metadata["include"]))
     return world.draw(prompts[:count], generator)
@@ -61,7 +69,7 @@ def crowded_scenes(world: World, count: int, generator: torch.Generator) -> Tens
 
 @dataclass(frozen=True)
 class Part:
-    """A training of the autoencoder, or of its decoder alone, on freshly drawn scenes."""
+    """One training of the autoencoder, or of its decoder alone."""
 
     name: str
     module: nn.Module
@@ -70,7 +78,7 @@ class Part:
 
 
 def parts(vae: AutoencoderKL, budget: Budget) -> list[Part]:
-    """What is trained, in turn: latents of the first part stay what they are in the second."""
+    """Both trainings, in turn; the second one does not change the latents."""
     decoder = Part("decoder", vae.decoder, budget.decoder_steps, seen=budget.vae_steps)
     return [Part("autoencoder", vae, budget.vae_steps), decoder]
 
@@ -78,7 +86,10 @@ def parts(vae: AutoencoderKL, budget: Budget) -> list[Part]:
 def train(
     vae: AutoencoderKL, part: Part, world: World, folder: Path, budget: Budget, settings: PretrainingSettings
 ) -> None:
-    """Train a part in place, and leave nothing to be trained; goes on from the folder's checkpoint."""
+    """Train a part in place on fresh scenes, and freeze everything.
+
+    The training goes on from the folder's checkpoint.
+    """
     vae.requires_grad_(False).train()
     part.module.requires_grad_(True)
     stage = Stage(folder, part.module, [torch.optim.AdamW(part.module.parameters(), weight_decay=1e-4)], part.steps)
@@ -100,7 +111,7 @@ def train(
 def cached_latents(
     vae: AutoencoderKL, world: World, file: Path, budget: Budget, settings: PretrainingSettings
 ) -> Latents:
-    """The file's latents; they are made and written first, if it is not there."""
+    """Read the latents of a file, or make and write them."""
     if not file.exists():
         made = encode_scenes(vae, world, budget.scenes, settings)
         temporary = file.with_suffix(".tmp")

@@ -1,4 +1,4 @@
-"""Stage 2 of the pretraining: text encoders and denoiser together, by the family's own objective."""
+"""Stage 2 of the pretraining: text encoders and denoiser together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _LOOK = Sampling(cfg=3.0, batch_size=_SHOWN)
 
 
 def split_parameters(modules: Iterable[nn.Module], muon: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of a pure transformer's blocks, everything else): the first are for Muon, the second for AdamW."""
+    """Split parameters into those for Muon and those for AdamW.
+
+    Muon gets the matrices of a transformer's blocks, if `muon` is true.
+    """
     matrices, rest = [], []
     for module in modules:
         for name, parameter in module.named_parameters():
@@ -51,7 +54,10 @@ class Objective:
         self.process = self.backbone.forward_process(pipe, process.config_of(pipe.scheduler))
 
     def loss(self, generator: torch.Generator) -> Tensor:
-        """Of a random batch; some captions are dropped for classifier-free guidance."""
+        """Loss of a random batch, in which some captions are dropped.
+
+        Classifier-free guidance needs a network that knows the empty caption.
+        """
         batch, device = self.budget.batch, next(self.network.parameters()).device
         pick = torch.randint(len(self.captions), (batch,), generator=generator)
         dropped = (torch.rand(batch, generator=generator) < self.budget.dropout).tolist()
@@ -66,7 +72,7 @@ class Objective:
 
 
 def look(pipe: Any, world: World, file: Path) -> float:
-    """Save samples for held-out captions; the share of them that shows its caption."""
+    """Save samples for held-out captions; return the share that is right."""
     test = world.composition_prompts("test")
     prompts = [test[i] for i in spread(test, _SHOWN)]
     images = generate(pipe, prompts, _LOOK, quiet=True)
@@ -76,7 +82,10 @@ def look(pipe: Any, world: World, file: Path) -> float:
 
 
 def train(objective: Objective, world: World, folder: Path, samples: Path, settings: PretrainingSettings) -> None:
-    """Train the pipeline in place; goes on from the folder's checkpoint, and saves samples now and then."""
+    """Train the pipeline in place, and save samples now and then.
+
+    The training goes on from the folder's checkpoint.
+    """
     pipe, budget = objective.pipe, objective.budget
     encoders = {name: getattr(pipe, name) for name in objective.backbone.text_encoders}
     trained = nn.ModuleDict({"denoiser": objective.network} | encoders)

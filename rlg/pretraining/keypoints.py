@@ -1,8 +1,9 @@
-"""Detect the emoji world's things by a small network, which learns where they are from drawn scenes.
+"""Detect the emoji world's things by a small network.
 
-It is a second opinion: it shares no code with the reward's detector, `rewards.detectors.matching`, and no reward uses
-it. `rlg.pretraining.agreement` compares the two. For each square of 4 x 4 pixels it says which drawing has its centre
-there, or none (as CenterNet, arXiv 1904.07850, with one softmax and no offsets).
+The network learns from drawn scenes where things are. It is a second opinion: it shares no code with the reward's
+detector, `rewards.detectors.matching`, and no reward uses it. `rlg.pretraining.agreement` compares the two. For each
+square of 4 x 4 pixels the network says which drawing has its centre there, or none (as CenterNet, arXiv 1904.07850,
+with one softmax and no offsets).
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def names(layouts: list[list[emoji.Placed]]) -> list[list[tuple[str, str]]]:
 
 
 def spoilt(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Images of uneven quality, as a half-trained model's are: blurred, paler or darker, noisy, each by chance."""
+    """Spoil images by chance, as a half-trained model does.
+
+    Each becomes more or less blurred, paler or darker, and noisy.
+    """
     count = len(images_B3HW)
     share_B111, gain_B111, noise_B111 = torch.rand(3, count, 1, 1, 1, generator=generator)
     blurred = functional.avg_pool2d(functional.pad(images_B3HW, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -88,7 +92,7 @@ def spoilt(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def scenes(count: int, generator: torch.Generator) -> tuple[Tensor, list[list[emoji.Placed]]]:
-    """Drawn scenes, and where each thing lies; the papers of half of them are soft."""
+    """Draw scenes, half on soft paper, and tell where things lie."""
     prompts = emoji.training_prompts(count, generator)
     layouts = [emoji.layout(prompt.metadata, generator) for prompt in prompts]
     soft = count // 2
@@ -118,7 +122,10 @@ def train(steps: int, seed: int) -> nn.Sequential:
 
 @torch.no_grad()
 def detect(model: nn.Module, images_B3HW: Tensor) -> list[list[Detection]]:
-    """Things in each image, best first: the likeliest drawing wins over `nothing`, and over what is near it."""
+    """Find the things in each image, best first.
+
+    A drawing is found where it is likelier than nothing, and likelier than all drawings near it.
+    """
     return [_read(share_CHW) for share_CHW in model(images_B3HW).softmax(dim=1)]
 
 

@@ -1,4 +1,4 @@
-"""Pretrain the tinyworld's base models: an autoencoder, then text encoders and denoiser together.
+"""Pretrain a base model of the tinyworld in two stages.
 
     python -m rlg.pretraining --family sd3 --world emoji --output runs/tiny-sd3-emoji
 
@@ -24,7 +24,7 @@ from rlg.tinyworld.worlds import world_of
 
 
 def run(settings: PretrainingSettings) -> None:
-    """Train what the settings ask for and save the pipeline in half precision."""
+    """Train by the settings, and save the pipeline in half precision."""
     world, budget, state = world_of(settings.world), settings.budget(), settings.state_folder()
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -56,7 +56,10 @@ def generate(pipe: Any, prompts: Sequence[Prompt], how: Sampling, quiet: bool = 
 
 
 def strict(images_B3HW: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """(B,) 1 where an image shows all that its prompt says and else 0, by the detector of the prompt's world."""
+    """Strict verdicts (B,): 1 if an image shows its prompt, else 0.
+
+    The detector of the prompt's world decides.
+    """
     import rewards
 
     score = rewards.build(["composition_strict"])

@@ -57,7 +57,7 @@ def _default_of(name: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingSettings:
-    """What `python -m rlg.pretraining` is told. Raises ValueError for what makes no sense."""
+    """Options of `python -m rlg.pretraining`. Raises ValueError for what makes no sense."""
 
     family: str = field(metadata=_told(" or ".join(_FAMILIES)))
     world: str = field(default="shapes", metadata=_told(" or ".join(_WORLDS)))
@@ -98,7 +98,7 @@ class PretrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowSettings:
-    """What `python -m rlg.pretraining.show` is told. Raises ValueError for what makes no sense."""
+    """Options of `python -m rlg.pretraining.show`. Raises ValueError for what makes no sense."""
 
     base: str = field(default="tiny-sd3", metadata=_told(_BASE))
     cfg: float = field(default=1.0, metadata=_told("classifier-free guidance scale; 1 is off"))
@@ -118,7 +118,7 @@ class ShowSettings:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What decides preference pairs, beside model, utility and prompts.
+    """Settings of preference pairs, beside model, utility and prompts.
 
     Raises ValueError for what makes no sense.
     """

@@ -1,4 +1,4 @@
-"""Look at a tinyworld base model: a grid of images, and its composition accuracy on prompts that it never saw.
+"""Show a tinyworld base model: images, and composition on held-out prompts.
 
 python -m rlg.pretraining.show --base tiny-sd3 --cfg 3 --output tiny-sd3.png
 """
@@ -45,7 +45,10 @@ def run(settings: ShowSettings) -> None:
 
 
 def report(settings: ShowSettings, prompts: Sequence[Prompt], strict_B: Tensor) -> str:
-    """The share of images that show all of their prompt: over all, with a 95% interval over prompts, and by tag."""
+    """Report the share of strictly right images, over all and by tag.
+
+    The interval is 95%, over prompts.
+    """
     from rlg import stats
 
     texts, values = [p.text for p in prompts], strict_B.numpy()

@@ -1,4 +1,6 @@
-"""Make the sheet of the emoji world's drawings from an unpacked `emoji-datasource-google` package, version 16.0.0.
+"""Make the sheet of the emoji world's drawings.
+
+It needs the unpacked package `emoji-datasource-google`, version 16.0.0:
 
 npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz
 python -m rlg.pretraining.sprites --package package --output sprites.png

@@ -1,4 +1,4 @@
-"""One resumable training loop: what it updates, its moving average, and its checkpoints."""
+"""One resumable training: parameters, their moving average, checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ _CHECKPOINT_SECONDS = 180.0
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float = 0.4) -> float:
-    """Linear warm-up, constant, and a linear decay to zero over the last share of the steps, `decay`."""
+    """Learning rate: linear warm-up, constant, linear decay to zero.
+
+    decay: share of the steps, at the end, over which it falls.
+    """
     return peak * min((step + 1) / warmup, 1.0, (steps - step) / (decay * steps))
 
 
 def generator_of(seed: int, step: int) -> torch.Generator:
-    """Everything random in a step comes from it, so that a resumed training sees what the other would have."""
+    """Generator of everything random in a step.
+
+    A resumed training so draws what an uninterrupted one draws.
+    """
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
@@ -59,7 +65,7 @@ class Stage:
             load_optimizer(optimizer, self.folder / f"optimizer{rank}-{self.step}.safetensors")
 
     def save(self) -> None:
-        """Write a checkpoint; the step named in stage.json is always a whole one."""
+        """Write a checkpoint; stage.json names the last whole one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         named = list(self.module.named_parameters())
         tensors = {name: p.detach().contiguous().clone() for name, p in named}

@@ -1,4 +1,4 @@
-"""The embedded default: a small captioned world and base models trained on it, shipped with the package."""
+"""Small captioned worlds, and base models of them that ship."""
 
 from __future__ import annotations
 

@@ -56,14 +56,14 @@ _COUNTS_HELD_OUT = 36  # of the 144 pairs of a noun and a count; of a noun one a
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the training captions do not say."""
+    """Things that no training caption says."""
 
     alone: frozenset[Thing]
     counts: frozenset[tuple[str, int]]
     pairs: frozenset[frozenset[tuple[str, str]]]  # of (noun, colour or "")
 
     def holds(self, caption: Caption) -> bool:
-        """Whether a caption says one of these."""
+        """Tell whether a caption says one of these."""
         things = caption.things
         if any((thing.noun, thing.count) in self.counts for thing in things):
             return True
@@ -80,7 +80,7 @@ def _first(rows: Iterable[Any], count: int) -> list[Any]:
 
 @cache
 def held_out() -> HeldOut:
-    """What the test split alone says, by a fixed hash."""
+    """Choose the things of the test split, by a fixed hash."""
     painted = [drawing for drawing in DRAWINGS if drawing[1]]
     size = {group.tag: group.test for group in GROUPS if group.things == 1}
     alone = [Thing(noun) for noun in _first(NOUNS, size["single_object"])]
@@ -100,7 +100,7 @@ def _pairs(things: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], tup
 
 @cache
 def _rows(group: Group, split: str) -> tuple[Caption, ...]:
-    """All captions of a group that belong to a split, in a fixed order."""
+    """Captions of a group and a split, in a fixed order."""
     rows = [row for row in captions(group.tag) if len(row.things) == group.things]
     chosen = [row for row in rows if held_out().holds(row) == (split == "test")]
     return tuple(sorted(chosen, key=lambda row: rank(row.text)))
@@ -108,9 +108,10 @@ def _rows(group: Group, split: str) -> tuple[Caption, ...]:
 
 @cache
 def composition_prompts(split: str) -> tuple[Prompt, ...]:
-    """Composition prompts of a split ("train" or "test"), in a fixed order; every tag is in both splits.
+    """Composition prompts of a split ("train" or "test"), in a fixed order.
 
-    Of each group the first ones: `Group.test` for the test split, `TRAIN_PROMPTS` for the other.
+    Every tag is in both splits. Of each group the first ones are taken: `Group.test` for the test split,
+    `TRAIN_PROMPTS` for the other.
     """
     check_split(split)
     sizes = [group.test if split == "test" else TRAIN_PROMPTS for group in GROUPS]
@@ -118,7 +119,10 @@ def composition_prompts(split: str) -> tuple[Prompt, ...]:
 
 
 def training_prompts(count: int, generator: torch.Generator) -> list[Prompt]:
-    """`count` prompts for pretraining: all but the held-out ones; what takes longer to learn is shown more often."""
+    """Draw `count` prompts for pretraining, without the held-out ones.
+
+    Groups that take longer to learn are drawn more often.
+    """
     weights = torch.tensor([group.weight for group in GROUPS])
     chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
     picks = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
@@ -172,7 +176,7 @@ def _pale(count: int, generator: torch.Generator) -> Tensor:
 
 
 def layout(metadata: dict[str, Any], generator: torch.Generator) -> list[Placed]:
-    """(index into DRAWINGS, left, top, size) of every drawing that the metadata asks for, in pixels."""
+    """Place every drawing that the metadata asks for, in pixels."""
     indices = [i for clause in metadata["include"] for i in [_drawing(clause, generator)] * clause["count"]]
     low, high = SIZES
     sizes = torch.randint(low, high + 1, (len(indices),), generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""The emoji world's captions, as people write them, with GenEval metadata: its grammar and its vocabulary.
+"""Captions of the emoji world, as people write them, with GenEval metadata.
 
     single_object   a fox                          colors       a red apple
     two_object      a fox and an owl               color_attr   a red apple and a blue book
@@ -25,7 +25,7 @@ _SPOKEN_CONSONANT = ("unicorn",)  # begins with a vowel's letter and a consonant
 
 @dataclass(frozen=True)
 class Thing:
-    """Some objects of one noun, and of one colour where the caption says it."""
+    """Objects of one noun, and of one colour if any is said."""
 
     noun: str
     count: int = 1
@@ -115,7 +115,10 @@ def captions(tag: str) -> list[Caption]:
 
 
 def _counting(pairs: list[tuple[str, str]]) -> list[Caption]:
-    """One thing with its count, in a colour or in none; two things, of which one at least is several."""
+    """Counting captions of one thing and of two.
+
+    One thing has a colour or none; of two things at least one is several.
+    """
     colors = {noun: ("", *COLORED.get(noun, ())) for noun in NOUNS}
     alone = [(Thing(noun, n, color),) for n in COUNTS for noun in NOUNS for color in colors[noun]]
     counts = [(n, m) for n, m in itertools.product(range(1, 4), repeat=2) if 2 < n + m <= max(COUNTS)]

@@ -1,4 +1,4 @@
-"""The tinyworld's networks: ordinary diffusers pipelines, small enough to train and run on two CPU cores."""
+"""Networks of the tinyworld: diffusers pipelines for two CPU cores."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ SIZES = {
 
 
 def build_tokenizer(world: World = SHAPES) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of a world is one token; other words fall into characters."""
+    """Build a CLIP tokenizer with a token for each known word.
+
+    Other words fall into characters.
+    """
     characters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     merges = list(dict.fromkeys(pair for word in world.words for pair in _merges(word, world.merge_from_end)))
     pieces = [*characters, *(c + "</w>" for c in characters), *map("".join, merges)]
@@ -67,7 +70,10 @@ def build_tokenizer(world: World = SHAPES) -> CLIPTokenizer:
 
 
 def _merges(word: str, from_end: bool) -> Iterator[tuple[str, str]]:
-    """Pairs of pieces that make a word of its characters, one at a time, from its end or from its start."""
+    """Merges that make a word of its characters, one at a time.
+
+    from_end: they begin at the word's end.
+    """
     pieces = [*word[:-1], word[-1] + "</w>"]
     for place in range(1, len(pieces)):
         if from_end:
@@ -92,7 +98,10 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextC
 
 
 def _tie_word_ends(model: torch.nn.Module, tokenizer: CLIPTokenizer) -> None:
-    """Start a character, and the same at the end of a word, from one embedding: a sign's spelling needs both."""
+    """Give a character one embedding, inside a word and at its end.
+
+    The spelling of signs needs both.
+    """
     table = model.get_input_embeddings().weight.data
     table.mul_(15)  # unit-size embeddings: at CLIP's 0.02 the words are slow to come apart
     vocabulary = tokenizer.get_vocab()
@@ -102,7 +111,9 @@ def _tie_word_ends(model: torch.nn.Module, tokenizer: CLIPTokenizer) -> None:
 
 
 def _no_t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """A third text encoder without layers, whose output is zero: what diffusers puts in place of an absent one.
+    """Build a third text encoder without layers, whose output is zero.
+
+    Diffusers puts zeros in place of an absent encoder.
 
     diffusers can't load a folder without a third encoder unless each caller passes `text_encoder_3=None`; this stub
     lets the plain call work, with the same result.
@@ -117,7 +128,10 @@ def _no_t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
 
 
 def build_vae(channels: int, widths: Sequence[int], shifted: bool) -> AutoencoderKL:
-    """An 8x autoencoder for 64x64 images: latents (channels, 8, 8); shifted: their mean is taken off."""
+    """Build an 8x autoencoder for 64x64 images, with latents (channels, 8, 8).
+
+    shifted: the mean of the latents is taken off.
+    """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -232,14 +246,17 @@ FAMILIES = tuple(_BUILDERS)
 
 
 def build(family: str, world: World = SHAPES) -> DiffusionPipeline:
-    """A randomly initialised pipeline of a family ("sd", "sdxl", "sd3"); seed torch first. Raises ValueError."""
+    """Build a random pipeline of a family ("sd", "sdxl", "sd3").
+
+    Seed torch first. Raises ValueError for an unknown family.
+    """
     if family not in _BUILDERS:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     return _BUILDERS[family](world)
 
 
 def save(pipe: DiffusionPipeline, folder: Path) -> None:
-    """Write a pipeline in half precision that plain `from_pretrained` loads in float32, whole.
+    """Save a pipeline in half precision; `from_pretrained` loads it in float32, whole.
 
     diffusers' models load in float32 unless told otherwise, transformers' in the precision that their config names.
     """

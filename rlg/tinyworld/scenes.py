@@ -1,4 +1,6 @@
-"""The tinyworld: 64x64 captioned scenes of coloured shapes and of signs, with GenEval-format metadata.
+"""Captioned 64x64 scenes of coloured shapes and of signs.
+
+The captions have metadata in GenEval's format.
 
 A scene holds one to four shapes (`rewards.detectors.blobs.SHAPES`, in `PALETTE` colours) on light paper, or one sign
 with two to four printed characters. Captions and metadata follow GenEval (arXiv 2310.11513): the tags single_object,
@@ -92,7 +94,9 @@ def rank(text: str) -> str:
 
 @cache
 def composition_prompts(split: str) -> tuple[Prompt, ...]:
-    """All composition prompts of a split ("train" or "test"), in a fixed order; every tag is in both splits."""
+    """Composition prompts of a split ("train" or "test"), in a fixed order.
+
+    Every tag is in both splits."""
     check_split(split)
     prompts: list[Prompt] = []
     for tag in COMPOSITION_TAGS:
@@ -111,7 +115,7 @@ def sign_prompt(text: str) -> Prompt:
 
 
 def is_test_sign(text: str) -> bool:
-    """Whether a string belongs to the test split; by hash, as there are too many strings to list."""
+    """Tell by a hash whether a string belongs to the test split."""
     return int(rank(text), 16) % 100 < 100 * TEST_FRACTION
 
 
@@ -135,7 +139,9 @@ def check_split(split: str) -> None:
 
 
 def training_prompts(count: int, generator: torch.Generator, text_fraction: float = 0.2) -> list[Prompt]:
-    """`count` prompts for pretraining, from the train split alone: tags equally likely, and a share of signs."""
+    """Draw `count` prompts for pretraining, from the train split alone.
+
+    Tags are equally likely, beside a share of signs."""
     by_tag = [[p for p in composition_prompts("train") if p.metadata["tag"] == tag] for tag in COMPOSITION_TAGS]
     weights = torch.tensor([0.04, 0.14, 0.22, 0.08, 0.26, 0.26])  # tags with more to learn are shown more often
     tags = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
@@ -170,7 +176,7 @@ def _by_image(objects: Sequence[tuple]) -> list[list[tuple]]:
 
 
 def _layout(metadata: dict[str, Any], generator: torch.Generator) -> list[tuple[str, str, tuple[float, float, float]]]:
-    """(shape, colour, (x, y, radius)) of every object that the metadata asks for."""
+    """Place every object of the metadata: (shape, colour, (x, y, radius))."""
     things: list[tuple[str, str]] = []
     for clause in metadata["include"]:
         colour = clause.get("color") or list(PALETTE)[int(torch.randint(len(PALETTE), (1,), generator=generator))]
@@ -188,7 +194,10 @@ def _layout(metadata: dict[str, Any], generator: torch.Generator) -> list[tuple[
 
 
 def cells_of(metadata: dict[str, Any], generator: torch.Generator) -> list[int]:
-    """Cells of a 2 x 2 grid, numbered row by row, for the objects in turn; as a relation asks where there is one."""
+    """Choose cells of a 2 x 2 grid, by the objects' relation.
+
+    Cells are numbered row by row.
+    """
     cells = torch.randperm(4, generator=generator).tolist()
     relation = next((c["position"][0] for c in metadata["include"] if "position" in c), None)
     if relation is None:
@@ -199,7 +208,10 @@ def cells_of(metadata: dict[str, Any], generator: torch.Generator) -> list[int]:
 
 
 def _paint(images_B3HW: Tensor, batch: Sequence[tuple[int, str, str, tuple[float, float, float]]]) -> None:
-    """Blend one object into each of the images that `batch` names, in place, with antialiased edges."""
+    """Blend one object into each image that `batch` names, in place.
+
+    Edges are antialiased.
+    """
     index = torch.tensor([item[0] for item in batch])
     colour = torch.tensor([PALETTE[item[2]] for item in batch])[:, :, None, None]
     place = torch.tensor([item[3] for item in batch])
@@ -213,7 +225,10 @@ def _paint(images_B3HW: Tensor, batch: Sequence[tuple[int, str, str, tuple[float
 
 
 def _signed_distance(name: str, px: Tensor, py: Tensor, radius: Tensor) -> Tensor:
-    """Approximate signed distance in pixels to a shape centred at 0, negative inside."""
+    """Approximate signed distance in pixels to a shape at 0.
+
+    It is negative inside.
+    """
     if name == "circle":
         return (px**2 + py**2).sqrt() - radius
     if name == "square":

@@ -1,4 +1,4 @@
-"""The worlds that ship, through one interface: captions, scenes, and the words that their tokenizers hold."""
+"""Worlds that ship: their captions, scenes and words, through one interface."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class World:
     signs: Callable[[str, int, torch.Generator], list[Prompt]] | None = None  # so many of a split, if it has any
 
     def weights(self, images_B3HW: Tensor) -> Tensor:
-        """Weight (B, 1, H, W) of each pixel in the autoencoder's loss; their mean is 1."""
+        """Weights (B, 1, H, W) of pixels in the autoencoder's loss, of mean 1."""
         drawn_B1HW = images_B3HW.amin(dim=1, keepdim=True) < self.paper
         weight_B1HW = 1 + (self.drawn_weight - 1) * drawn_B1HW.float()
         return weight_B1HW / weight_B1HW.mean()
@@ -71,7 +71,7 @@ def world_of(name: str) -> World:
 
 
 def world_of_words(tokens: Collection[str]) -> World:
-    """The first world all of whose words are tokens of a CLIP tokenizer. Raises ValueError if there is none."""
+    """Find the first world whose words are all tokens. Raises ValueError if there is none."""
     for world in _WORLDS.values():
         if all(f"{word}</w>" in tokens for word in world.words):
             return world
