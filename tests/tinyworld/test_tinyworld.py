@@ -20,11 +20,13 @@ from rlg.guidance.guided import with_cfg
 from rlg.models.policy import Policy
 from rlg.prompts import spread
 from rlg.tinyworld import networks, scenes
+from rlg.tinyworld.worlds import EMOJI
 from rlg.tinyworld.worlds import SHAPES as SHAPES_WORLD
 
 SHIPPED = {  # pipeline, family and world
     "tiny-sd": (StableDiffusionPipeline, "sd", SHAPES_WORLD),
     "tiny-sd3": (StableDiffusion3Pipeline, "sd3", SHAPES_WORLD),
+    "tiny-sd3-emoji": (StableDiffusion3Pipeline, "sd3", EMOJI),
 }
 COUNTS = {  # captions of a tag: 4 shapes, 4 colours, 3 counts, 4 relations, ordered pairs without repetition
     "single_object": 4,
