@@ -29,6 +29,9 @@ claim() { # name, seeds, trainer, config of the training, config of the evaluati
     python -m rlg.pool "${evaluations[@]}" --output "$results/$name" --title "$title" \
         --by "bash launch/results.sh $name"
     cp "$config" "$results/$name/config.yaml"
+    # shellcheck disable=SC2016
+    printf '#!/usr/bin/env bash\nset -euo pipefail\ncd "$(dirname "$0")/../.."\nbash launch/results.sh %s\n' "$name" \
+        > "$results/$name/command.sh"
 }
 
 labels() { # the base's own images in pairs, labelled by an annotator who is known
@@ -39,7 +42,7 @@ labels() { # the base's own images in pairs, labelled by an annotator who is kno
 one=${seeds%% *}
 for name in "$@"; do
     case $name in
-        demo) claim demo "$seeds" spo configs/tiny/demo.yaml configs/eval/demo.yaml "The demo: things lie low" ;;
+        demo) claim demo "$seeds" spo configs/tiny/demo.yaml configs/eval/demo.yaml "The demo, three trainings" ;;
         emoji_spo)
             claim emoji_spo "$one" spo configs/tiny/spo_emoji.yaml configs/eval/emoji.yaml "SPO for composition" ;;
         emoji_dpo)

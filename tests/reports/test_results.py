@@ -30,7 +30,7 @@ def _said(value: tuple[float, float, float], digits: int, sign: str = "+") -> st
 
 
 def test_the_tables_of_the_demo_are_those_of_its_summary(summary: dict[str, Any]) -> None:
-    title, command = "The demo, three trainings", "bash launch/demo_seeds.sh"
+    title, command = "The demo, three trainings", "bash launch/results.sh demo"
     assert (DEMO / "README.md").read_text() == readme(summary, title, command)
     assert command in (DEMO / "command.sh").read_text()
 
