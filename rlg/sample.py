@@ -68,6 +68,7 @@ from rlg.models.policy import Policy
 from rlg.models.tuned_model import resolve
 from rlg.prompts import Prompt
 from rlg.stats import ess, normalised
+from rlg.tinyworld import worlds
 
 _KINDS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # image formats of --output
 
@@ -160,10 +161,12 @@ def run(options: SampleOptions) -> Path:
     base, device = base_of(tuned, options.base), device_of(options.device)
     if options.correct:
         policy = Policy.load(base, options.dtype, device)
+        worlds.check_words(policy.pipe.tokenizer.get_vocab(), options.prompt)
         policy.load_tuned(tuned)
         table = corrected_columns(policy, options)
     else:
         pipe = load_pipeline(base, TORCH_DTYPES[options.dtype]).to(device)
+        worlds.check_words(pipe.tokenizer.get_vocab(), options.prompt)
         pipe.set_progress_bar_config(disable=True)
         table = columns(pipe, diffusers.apply(pipe, tuned, mode=options.mode), options)
     width, height = table[0][0].size

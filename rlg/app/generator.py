@@ -36,6 +36,7 @@ from rlg.io.pixels import to_pil
 from rlg.models import adapter_files
 from rlg.models.policy import Policy
 from rlg.models.tuned_model import TunedModel
+from rlg.tinyworld import worlds
 
 MAX_TEXT, MAX_IMAGES, MAX_CFG, MAX_COLUMNS, MAX_EXPERTS = 500, 4, 20.0, 6, 6
 KEPT = 16  # columns of images
@@ -148,6 +149,7 @@ class ImageGenerator:
             raise ValueError(f"between 1 and {self.max_steps} steps, got {request.steps}")
         if request.sampler not in self.samplers:
             raise ValueError(f"unknown sampler {request.sampler[:20]!r}; known: {', '.join(self.samplers)}")
+        worlds.check_words(self.policy.pipe.tokenizer.get_vocab(), [request.prompt])
         key = (request, weights)
         with self._lock:
             if key not in self._kept:

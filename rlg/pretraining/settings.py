@@ -30,10 +30,10 @@ DEFAULTS = {
     ("shapes", "sd3"): Budget(vae_steps=1200, vae_batch=32, steps=8000, batch=64, scenes=60_000, lr=1e-3, muon=True),
     ("shapes", "sd"): Budget(vae_steps=1200, vae_batch=32, steps=2600, batch=64, scenes=60_000, lr=1e-3),
     ("emoji", "sd3"): Budget(
-        vae_steps=1500, vae_batch=16, steps=10_000, batch=48, scenes=30_000, lr=1e-3, decay=0.6, decoder_steps=1000
+        vae_steps=1200, vae_batch=16, steps=10_000, batch=48, scenes=60_000, lr=1e-3, decay=0.6, decoder_steps=800
     ),
     ("emoji", "sd"): Budget(
-        vae_steps=1500, vae_batch=16, steps=4000, batch=48, scenes=30_000, lr=1e-3, decay=0.6, decoder_steps=1000
+        vae_steps=1200, vae_batch=16, steps=4000, batch=48, scenes=60_000, lr=1e-3, decay=0.6, decoder_steps=800
     ),
 }
 _WORLDS, _FAMILIES = (tuple(dict.fromkeys(key[i] for key in DEFAULTS)) for i in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -76,3 +77,23 @@ def world_of_words(tokens: Collection[str]) -> World:
         if all(f"{word}</w>" in tokens for word in world.words):
             return world
     raise ValueError(f"the model's tokenizer lacks words of every world; known: {', '.join(_WORLDS)}")
+
+
+def check_words(tokens: Collection[str], texts: Sequence[str]) -> None:
+    """Raise ValueError for a word that a model of a world does not know.
+
+    tokens: of the model's CLIP tokenizer. A world of signs spells every word, and other models know far more words
+    than these worlds: for both nothing is raised.
+    """
+    try:
+        world = world_of_words(tokens)
+    except ValueError:
+        return
+    if world.signs is not None:
+        return
+    for text in texts:
+        unknown = [word for word in text.lower().split() if word not in world.words]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], world.words)
+            hint = f"near it are {', '.join(near)}" if near else f"it knows {len(world.words)}, as {world.words[-1]!r}"
+            raise ValueError(f"the model does not know the word {unknown[0]!r}; {hint} (docs/tinyworld.md)")

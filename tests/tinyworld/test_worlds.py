@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlg.tinyworld import networks
-from rlg.tinyworld.worlds import EMOJI, SHAPES, World, world_of, world_of_words
+from rlg.tinyworld.worlds import EMOJI, SHAPES, World, check_words, world_of, world_of_words
 
 WORLDS = pytest.mark.parametrize("world", [SHAPES, EMOJI], ids=lambda world: world.name)
 
@@ -93,3 +93,24 @@ def test_the_tokenizer_of_a_new_world_needs_its_words_alone() -> None:
     tokenizer = networks.build_tokenizer(replace(EMOJI, words=words))
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(" ".join(words)).input_ids)
     assert tokens[1:-1] == [f"{word}</w>" for word in words]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a fox and two owl", None),
+        ("A Fox", None),  # the tokenizer reads lower case
+        ("a foxe and an owl", "does not know the word 'foxe'; near it are fox"),
+        ("a zeppelin", "does not know the word 'zeppelin'; it knows 112, as "),
+    ],
+)
+def test_a_word_that_the_world_lacks_is_named(text: str, said: str | None) -> None:
+    """Emoji alone: the shapes' models spell words for their signs, and other models know more than these worlds."""
+    tokens = networks.build_tokenizer(EMOJI).get_vocab()
+    check_words(networks.build_tokenizer(SHAPES).get_vocab(), [text])
+    check_words({"zeppelin</w>"}, [text])
+    if said is None:
+        check_words(tokens, [text])
+    else:
+        with pytest.raises(ValueError, match=said):
+            check_words(tokens, ["a fox", text])
