@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DTYPES = ("float32", "bfloat16", "float16")
 AXES = ("cfg", "kernel", "steps", "schedule", "none")  # axes of a grid
-WORLD_MODELS = ("tiny-sd", "tiny-sd3", "tiny-sdxl", "tiny-sd3-emoji")  # base models of the tinyworld
+WORLD_MODELS = ("tiny-sd", "tiny-sd3", "tiny-sdxl", "tiny-sd3-emoji", "tiny-sd-emoji")  # base models of the tinyworld
 KERNELS = ("ode", "sde", "cps")
 ARCHITECTURES = ("sd35-medium", "sd15", "sdxl", "sd35-medium-tiny", "sd15-tiny", "sdxl-tiny")
 

@@ -27,6 +27,7 @@ SHIPPED = {  # pipeline, family and world
     "tiny-sd": (StableDiffusionPipeline, "sd", SHAPES_WORLD),
     "tiny-sd3": (StableDiffusion3Pipeline, "sd3", SHAPES_WORLD),
     "tiny-sd3-emoji": (StableDiffusion3Pipeline, "sd3", EMOJI),
+    "tiny-sd-emoji": (StableDiffusionPipeline, "sd", EMOJI),
 }
 COUNTS = {  # captions of a tag: 4 shapes, 4 colours, 3 counts, 4 relations, ordered pairs without repetition
     "single_object": 4,
