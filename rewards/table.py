@@ -30,6 +30,7 @@ class RewardSpec:
     extra: str = ""  # extra of pyproject.toml that brings them
     # mostly waits for a server: called while sampling goes on, maybe by two threads (background.py)
     waits: bool = False
+    gradient: bool = False  # the factory makes a `DifferentiableReward`; see `rewards.gradients`
 
     def missing(self) -> list[str]:
         """Modules that are not installed."""
@@ -42,6 +43,7 @@ REWARDS: dict[str, RewardSpec] = {
     "jpeg_compressibility": RewardSpec("rewards.jpeg:compressibility", "minus the JPEG's kB", "< 0", "Pillow"),
     "jpeg_incompressibility": RewardSpec("rewards.jpeg:incompressibility", "the JPEG's kB", "> 0", "Pillow"),
     "colourfulness": RewardSpec("rewards.colourfulness:colourfulness", "colours far apart and pure", ">= 0", "-"),
+    "ink": RewardSpec("rewards.ink:ink", "a soft size of the file", ">= 0", "-", gradient=True),
     "gravity": RewardSpec("rewards.gravity:gravity", "things lie low in the picture", "[0, 100]", "-"),
     "composition": RewardSpec("rewards.composition:partial", "GenEval's partial credit", "[0, 1]", "blobs"),
     "composition_strict": RewardSpec("rewards.composition:strict", "GenEval's verdict", "0 or 1", "blobs"),
@@ -108,6 +110,22 @@ def lookup(name: str) -> RewardSpec:
     if source and not REWARDS[name].source:
         raise ValueError(f"reward {name!r} takes no source, got {source!r}")
     return REWARDS[name]
+
+
+def require_gradients(names: Sequence[str]) -> None:
+    """Raise ValueError for a reward without a gradient.
+
+    names: each as NAME or NAME=SOURCE.
+    """
+    for name in names:
+        if not lookup(name).gradient:
+            raise ValueError(no_gradient(str(name).partition("=")[0]))
+
+
+def no_gradient(name: str) -> str:
+    """The error for a reward without a gradient, with the way out."""
+    able = ", ".join(known for known, spec in REWARDS.items() if spec.gradient)
+    return f"reward {name!r} has no gradient: VARD (train_vard.py) trains with any reward; these have one: {able}"
 
 
 def places(names: Sequence[str]) -> dict[str, str]:
