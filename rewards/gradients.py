@@ -30,7 +30,7 @@ class Scored:
     """Scores of B images, and the gradient of their total."""
 
     total_B: Tensor  # fp32 on CPU, as `RewardScores`
-    gradient_B3HW: Tensor  # d total / d pixels, detached, as the images are: device and type
+    gradient_B3HW: Tensor  # d total / d pixels, detached, on the images' device; fp32, or fp64 for images of fp64
     parts: dict[str, Tensor]  # name -> (B,) scores before the weight, fp32 on CPU
 
 
@@ -58,6 +58,7 @@ class GradientReward:
         mixes.check_batch(images_B3HW, prompts, metadata)
         logged = [name for name in self.mix.names if name not in self._weighted()]
         parts = self.mix.parts(logged, images_B3HW, prompts, metadata)
+        images_B3HW = images_B3HW.to(torch.promote_types(images_B3HW.dtype, torch.float32))
         gradient_B3HW = torch.zeros_like(images_B3HW)
         for name in self._weighted():
             parts[name], slope_B3HW = self._part(name, images_B3HW, prompts, metadata)

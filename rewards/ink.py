@@ -51,7 +51,7 @@ def _bits(planes_BCHW: Tensor, steps_64: Sequence[int]) -> Tensor:
     batch, channels, height, width = planes_BCHW.shape
     blocks = planes_BCHW.reshape(batch, channels, height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK).transpose(3, 4)
     basis_88 = _basis(planes_BCHW)
-    found_BCN64 = (basis_88 @ blocks @ basis_88.T).reshape(batch, channels, -1, _BLOCK**2)
+    found_BCN64 = (basis_88 @ blocks @ basis_88.T).flatten(4).flatten(2, 3)
     means_BCN1 = found_BCN64[..., :1]
     jumps_BCN1 = means_BCN1.diff(dim=2, prepend=torch.zeros_like(means_BCN1[:, :, :1]))
     coded_BCN64 = torch.cat([jumps_BCN1, found_BCN64[..., 1:]], dim=3) / planes_BCHW.new_tensor(steps_64)

@@ -42,34 +42,37 @@ class RewardSpec:
 REWARDS: dict[str, RewardSpec] = {
     "jpeg_compressibility": RewardSpec("rewards.jpeg:compressibility", "minus the JPEG's kB", "< 0", "Pillow"),
     "jpeg_incompressibility": RewardSpec("rewards.jpeg:incompressibility", "the JPEG's kB", "> 0", "Pillow"),
-    "colourfulness": RewardSpec("rewards.colourfulness:colourfulness", "colours far apart and pure", ">= 0", "-"),
-    "ink": RewardSpec("rewards.ink:ink", "a soft size of the file", ">= 0", "-", gradient=True),
+    "ink": RewardSpec("rewards.ink:ink", "a soft size of the JPEG", ">= 0", "-", gradient=True),
+    "smoothness": RewardSpec("rewards.smoothness:smoothness", "minus total variation", "<= 0", "-", gradient=True),
+    "colourfulness": RewardSpec(
+        "rewards.colourfulness:colourfulness", "colours far apart and pure", ">= 0", "-", gradient=True
+    ),
     "gravity": RewardSpec("rewards.gravity:gravity", "things lie low in the picture", "[0, 100]", "-"),
     "composition": RewardSpec("rewards.composition:partial", "GenEval's partial credit", "[0, 1]", "blobs"),
     "composition_strict": RewardSpec("rewards.composition:strict", "GenEval's verdict", "0 or 1", "blobs"),
     "pickscore": RewardSpec(
         "rewards.clip:pickscore", "human preference", "about 18 to 24", "yuvalkirstain/PickScore_v1",
-        "download", "a folder or hub id with a CLIP",
+        "download", "a folder or hub id with a CLIP", gradient=True,
     ),
     "hpsv2": RewardSpec(
         "rewards.hpsv2:v2_1", "human preference", "about 0.14 to 0.31", "xswu/HPSv2 (v2.1)",
-        "download", "HPS_v2.1_compressed.pt, or its folder", modules=("ftfy",), extra="hpsv2",
+        "download", "HPS_v2.1_compressed.pt, or its folder", ("ftfy",), "hpsv2", gradient=True,
     ),
     "hpsv2_v2.0": RewardSpec(
         "rewards.hpsv2:v2_0", "human preference", "about 0.23 to 0.28", "xswu/HPSv2 (v2.0)",
-        "download", "HPS_v2_compressed.pt, or its folder", modules=("ftfy",), extra="hpsv2",
+        "download", "HPS_v2_compressed.pt, or its folder", ("ftfy",), "hpsv2", gradient=True,
     ),
     "imagereward": RewardSpec(
         "rewards.imagereward:imagereward", "human preference", "about -2 to 2", "ImageReward-v1.0",
-        "download", "ImageReward.pt, or its folder",
+        "download", "ImageReward.pt, or its folder", gradient=True,
     ),
     "aesthetic": RewardSpec(
         "rewards.aesthetic:aesthetic", "LAION aesthetics", "about 4 to 7", "CLIP ViT-L/14 + linear head",
-        "download", "sac+logos+ava1-l14-linearMSE.pth, or its folder",
+        "download", "sac+logos+ava1-l14-linearMSE.pth, or its folder", gradient=True,
     ),
     "clipscore": RewardSpec(
         "rewards.clip:clipscore", "text-image cosine", "about 0.15 to 0.35", "CLIP ViT-L/14",
-        "download", "a folder or hub id with a CLIP",
+        "download", "a folder or hub id with a CLIP", gradient=True,
     ),
     "ocr": RewardSpec("rewards.ocr:ocr", "the quoted text is legible", "[0, 1]", "PP-OCRv6 small",
                       source="rapidocr or paddleocr", modules=("rapidocr", "onnxruntime", "rapidfuzz"), extra="ocr"),
