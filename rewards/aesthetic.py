@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rewards import DifferentiableReward
 from rewards.clip import CLIP_L, Clip, read
+from rewards.preprocessing import at_least_fp32
 from rewards.weights import Origin, batched, difference, half_on_gpu
 
 HUB = "trl-lib/ddpo-aesthetic-predictor"
@@ -41,7 +42,7 @@ class LinearHead(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """(B,) scores of features."""
-        return self.layers(features_BD.float())[:, 0]
+        return self.layers(at_least_fp32(features_BD))[:, 0]
 
     def fill(self, tensors: Mapping[str, Tensor]) -> LinearHead:
         """Fill in these tensors, and freeze; return the head.

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from rewards import DifferentiableReward
-from rewards.preprocessing import centre_crop
+from rewards.preprocessing import at_least_fp32, centre_crop
 from rewards.step_aware import CLIP_H
 from rewards.weights import Origin, batched, half_on_gpu, pretrained
 
@@ -44,7 +44,7 @@ class Clip:
         """
         pixels = self.prepare(images_B3HW, self.model.config.vision_config.image_size, rounded=rounded)
         pooled = self.model.vision_model(pixels.to(self.model.device, self.model.dtype)).pooler_output
-        return normalize(self.model.visual_projection(pooled).float(), dim=1)
+        return normalize(at_least_fp32(self.model.visual_projection(pooled)), dim=1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """(B, D) features of texts, of length 1 and in fp32."""
@@ -52,7 +52,7 @@ class Clip:
         length = self.model.config.text_config.max_position_embeddings
         rows = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
         pooled = self.model.text_model(torch.tensor(rows["input_ids"], device=self.model.device)).pooler_output
-        return normalize(self.model.text_projection(pooled).float(), dim=1)
+        return normalize(at_least_fp32(self.model.text_projection(pooled)), dim=1)
 
     def cosine(self, images_B3HW: Tensor, prompts: Sequence[str], *, rounded: bool = True) -> Tensor:
         """(B,) cosines of each image with its own prompt."""

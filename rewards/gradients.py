@@ -19,6 +19,7 @@ from torch import Tensor
 from rewards import mix as mixes
 from rewards.calls import DifferentiableReward, RewardError, place
 from rewards.mix import RewardMix
+from rewards.preprocessing import at_least_fp32
 from rewards.table import no_gradient, require_gradients
 
 # Images whose graph is held together. In a ViT-H/14 of fp32 an image keeps 2.8 GiB of activations.
@@ -45,7 +46,7 @@ class GradientReward:
     mix: RewardMix
 
     def __post_init__(self) -> None:
-        for name, reward in self._weighted().items():
+        for name, reward in self.weighted.items():
             if not isinstance(reward, DifferentiableReward):
                 raise ValueError(no_gradient(name))
 
@@ -56,30 +57,30 @@ class GradientReward:
         is not finite. A lenient mix makes such an image's total NaN and its gradient 0.
         """
         mixes.check_batch(images_B3HW, prompts, metadata)
-        logged = [name for name in self.mix.names if name not in self._weighted()]
+        logged = [name for name in self.mix.names if name not in self.weighted]
         parts = self.mix.parts(logged, images_B3HW, prompts, metadata)
-        images_B3HW = images_B3HW.to(torch.promote_types(images_B3HW.dtype, torch.float32))
+        images_B3HW = at_least_fp32(images_B3HW.detach())
         gradient_B3HW = torch.zeros_like(images_B3HW)
-        for name in self._weighted():
-            parts[name], slope_B3HW = self._part(name, images_B3HW, prompts, metadata)
-            gradient_B3HW += self._weights[name] * slope_B3HW
+        for name, weight in zip(self.mix.names, self.mix.weights, strict=True):
+            if weight:
+                parts[name], slope_B3HW = self._part(name, images_B3HW, prompts, metadata)
+                gradient_B3HW += weight * slope_B3HW
         scores = self.mix.weigh(parts)
         missing_B = scores.total_B.isnan().to(images_B3HW.device)
         return Scored(scores.total_B, gradient_B3HW.masked_fill(missing_B[:, None, None, None], 0), scores.parts)
 
     @property
-    def _weights(self) -> dict[str, float]:
-        return dict(zip(self.mix.names, self.mix.weights, strict=True))
-
-    def _weighted(self) -> dict[str, Any]:
-        return {name: reward for name, reward in self.mix.rewards.items() if self._weights[name]}
+    def weighted(self) -> dict[str, Any]:
+        """The rewards whose weight is not 0, by name."""
+        pairs = zip(self.mix.rewards.items(), self.mix.weights, strict=True)
+        return {name: reward for (name, reward), weight in pairs if weight}
 
     def _part(
         self, name: str, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
     ) -> tuple[Tensor, Tensor]:
-        """(B,) scores by one reward, fp32 on CPU, and d score / d pixels.
+        """(B,) scores by one reward, and their gradient in the pixels.
 
-        A score is NaN where it or its gradient is not finite and the mix is lenient.
+        Scores are fp32 on the CPU. One is NaN where it or its gradient is not finite and the mix is lenient.
         """
         reward = self.mix.rewards[name]
         scores, slopes = [torch.zeros(0)], [images_B3HW[:0]]
@@ -103,11 +104,14 @@ def _differentiate(
     name: str, reward: Any, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> tuple[Tensor, Tensor]:
     """(B,) scores and (B, 3, H, W) gradients of images that are held together."""
-    with torch.inference_mode(False), torch.enable_grad():
+    exact = torch.autocast(images_B3HW.device.type, enabled=False)  # a trainer's autocast is not for its reward
+    with torch.inference_mode(False), torch.enable_grad(), exact:
         pixels = images_B3HW.clone().detach().requires_grad_()
         score_B = reward.unrounded(pixels, list(prompts), list(metadata))
-        if score_B.shape != (len(prompts),):
-            raise RewardError(f"reward {name!r} returned shape {tuple(score_B.shape)} for {len(prompts)} images")
+        if score_B.shape != (len(prompts),) or not score_B.requires_grad:
+            graph = "with" if score_B.requires_grad else "without"
+            got = f"shape {tuple(score_B.shape)} {graph} a graph"
+            raise RewardError(f"reward {name!r} returned {got} for {len(prompts)} images")
         # A score depends on its own image alone, so the gradient of the sum holds each image's own.
         (slope_B3HW,) = torch.autograd.grad(score_B.sum(), pixels)
     return score_B.detach(), slope_B3HW
@@ -116,12 +120,12 @@ def _differentiate(
 def of(mix: RewardMix) -> GradientReward:
     """The gradients of a mix that is loaded.
 
-    Its networks are set to fp32, since gradients vanish in fp16; from then on the mix scores with them, too. Raises
-    ValueError as `GradientReward`.
+    Networks of rewards with a weight are set to fp32, since gradients vanish in fp16. From then on the mix scores with
+    them, too. Raises ValueError as `GradientReward`.
     """
     found = GradientReward(mix)
-    for reward in mix.rewards.values():
-        for network in getattr(reward, "networks", ()):
+    for reward in found.weighted.values():
+        for network in reward.networks:
             network.float()
     return found
 

