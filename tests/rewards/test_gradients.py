@@ -19,6 +19,8 @@ from rewards.ink import ink_of, steps
 from rewards.jpeg import size_kb
 from rlg.tinyworld.worlds import EMOJI, SHAPES, World
 from tests.support import published
+from tests.support.documented import python_blocks
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("tiny_architectures")
 PLAIN = ("ink", "smoothness", "colourfulness")
@@ -175,6 +177,14 @@ def test_scores_without_a_graph_or_of_another_shape_are_refused(unrounded: Calla
         reward(torch.ones(3, 3, 4, 4), PROMPTS[:3], blank(3))
 
 
+def test_the_page_shows_how_they_are_used() -> None:
+    (block,) = python_blocks(ROOT / "docs" / "rewards.md")
+    names = {"images": pictures(), "prompts": PROMPTS, "metadata": blank()}
+    exec(block, names)
+    assert names["scored"].gradient_B3HW.shape == SHAPE
+    assert names["scored"].parts.keys() == {"ink", "smoothness"}
+
+
 # The gradient
 
 
@@ -187,7 +197,8 @@ def test_gradients_are_those_of_finite_differences(name: str, shape: tuple[int, 
     def score(images: Tensor) -> Tensor:
         return reward.unrounded(images, PROMPTS[: len(images)], blank(len(images)))
 
-    assert torch.autograd.gradcheck(score, noise.requires_grad_(), atol=1e-5, rtol=1e-5)
+    fast = shape[2] > 1  # random directions; every pixel by itself would take a second, and minutes on a busy machine
+    assert torch.autograd.gradcheck(score, noise.requires_grad_(), atol=1e-5, rtol=1e-5, fast_mode=fast)
 
 
 @pytest.mark.parametrize("name", published.REWARDS)
