@@ -9,13 +9,14 @@ differ a thousandfold.
 
 from __future__ import annotations
 
-from rewards.calls import CheckedReward, Reward, RewardError, ServerError
+from rewards.calls import CheckedReward, DifferentiableReward, Reward, RewardError, ServerError
 from rewards.mix import RewardMix, RewardScores, build
-from rewards.table import REWARDS, RewardSpec, lookup, places
+from rewards.table import REWARDS, RewardSpec, lookup, places, require_gradients
 
 __all__ = [
     "REWARDS",
     "CheckedReward",
+    "DifferentiableReward",
     "Reward",
     "RewardError",
     "RewardMix",
@@ -25,4 +26,5 @@ __all__ = [
     "build",
     "lookup",
     "places",
+    "require_gradients",
 ]

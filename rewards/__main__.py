@@ -1,4 +1,4 @@
-"""List every reward: range, model, needs, and whether it is installed."""
+"""List every reward: range, gradient, model, needs, and whether it is installed."""
 
 from __future__ import annotations
 

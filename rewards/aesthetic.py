@@ -12,14 +12,15 @@ folder has a config.json, openai/clip-vit-large-patch14 is read from there, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from rewards import Reward
+from rewards import DifferentiableReward
 from rewards.clip import CLIP_L, Clip, read
+from rewards.preprocessing import at_least_fp32
 from rewards.weights import Origin, batched, difference, half_on_gpu
 
 HUB = "trl-lib/ddpo-aesthetic-predictor"
@@ -41,7 +42,7 @@ class LinearHead(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """(B,) scores of features."""
-        return self.layers(features_BD.float())[:, 0]
+        return self.layers(at_least_fp32(features_BD))[:, 0]
 
     def fill(self, tensors: Mapping[str, Tensor]) -> LinearHead:
         """Fill in these tensors, and freeze; return the head.
@@ -54,7 +55,7 @@ class LinearHead(nn.Module):
         return self.requires_grad_(False)
 
 
-def aesthetic(device: torch.device | str, source: str | None = None) -> Reward:
+def aesthetic(device: torch.device | str, source: str | None = None) -> DifferentiableReward:
     """Factory of `aesthetic`; source: the head's file, or a folder. Raises ValueError if something is not there."""
     origin = Origin.of("aesthetic", source, HUB)
     file = origin.find(*FILES)
@@ -64,4 +65,8 @@ def aesthetic(device: torch.device | str, source: str | None = None) -> Reward:
         head = LinearHead(clip.model.config.projection_dim).fill(origin.tensors(file)).to(device)
     except ValueError as error:
         raise origin.unreadable(str(file), error) from error
-    return batched(lambda images_B3HW, prompts: head(clip.image_features(images_B3HW)))
+
+    def score(images_B3HW: Tensor, prompts: Sequence[str], *, rounded: bool) -> Tensor:
+        return head(clip.image_features(images_B3HW, rounded=rounded))
+
+    return batched(score, clip.model, head)

@@ -16,7 +16,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Reward(Protocol):
@@ -51,6 +51,19 @@ class CheckedReward:
             except ValueError as error:
                 reasons[index] = str(error)
         return reasons
+
+
+@dataclass(frozen=True)
+class DifferentiableReward:
+    """A reward that also has a gradient; see `rewards.gradients`."""
+
+    score: Reward
+    # Same arguments as `score`. Returns B scores with a graph, of pixels that are not rounded to 256 levels.
+    unrounded: Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Tensor]
+    networks: tuple[nn.Module, ...] = ()  # its frozen models; gradients go through them in fp32
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return self.score(images_B3HW, prompts, metadata)
 
 
 class RewardError(ValueError):

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedTokenizerBase
 
-from rewards import Reward
-from rewards.preprocessing import centre_crop
+from rewards import DifferentiableReward
+from rewards.preprocessing import at_least_fp32, centre_crop
 from rewards.step_aware import CLIP_H
 from rewards.weights import Origin, batched, half_on_gpu, pretrained
 
@@ -35,13 +35,16 @@ class Clip:
 
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase | None = None  # None: prompts are not read
-    prepare: Callable[[Tensor, int], Tensor] = centre_crop  # (images in [0, 1], side) -> normalised squares
+    prepare: Callable[..., Tensor] = centre_crop  # (images in [0, 1], side, rounded=) -> normalised squares
 
-    def image_features(self, images_B3HW: Tensor) -> Tensor:
-        """(B, D) features of images in [0, 1], of length 1, fp32."""
-        pixels = self.prepare(images_B3HW, self.model.config.vision_config.image_size)
+    def image_features(self, images_B3HW: Tensor, *, rounded: bool = True) -> Tensor:
+        """(B, D) features of images in [0, 1], of length 1, fp32.
+
+        rounded: see `rewards.preprocessing`.
+        """
+        pixels = self.prepare(images_B3HW, self.model.config.vision_config.image_size, rounded=rounded)
         pooled = self.model.vision_model(pixels.to(self.model.device, self.model.dtype)).pooler_output
-        return normalize(self.model.visual_projection(pooled).float(), dim=1)
+        return normalize(at_least_fp32(self.model.visual_projection(pooled)), dim=1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """(B, D) features of texts, of length 1 and in fp32."""
@@ -49,11 +52,11 @@ class Clip:
         length = self.model.config.text_config.max_position_embeddings
         rows = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
         pooled = self.model.text_model(torch.tensor(rows["input_ids"], device=self.model.device)).pooler_output
-        return normalize(self.model.text_projection(pooled).float(), dim=1)
+        return normalize(at_least_fp32(self.model.text_projection(pooled)), dim=1)
 
-    def cosine(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    def cosine(self, images_B3HW: Tensor, prompts: Sequence[str], *, rounded: bool = True) -> Tensor:
         """(B,) cosines of each image with its own prompt."""
-        return (self.image_features(images_B3HW) * self.text_features(prompts)).sum(dim=1)
+        return (self.image_features(images_B3HW, rounded=rounded) * self.text_features(prompts)).sum(dim=1)
 
 
 def read(origin: Origin, device: torch.device | str, dtype: torch.dtype) -> CLIPModel:
@@ -64,19 +67,19 @@ def read(origin: Origin, device: torch.device | str, dtype: torch.dtype) -> CLIP
     return pretrained(CLIPModel, "CLIP", origin, device, dtype)
 
 
-def pickscore(device: torch.device | str, source: str | None = None) -> Reward:
+def pickscore(device: torch.device | str, source: str | None = None) -> DifferentiableReward:
     """Factory of `pickscore`; source: a folder or hub id. Raises ValueError if it is not there."""
     origin = Origin.of("pickscore", source, PICKSCORE)
     clip = Clip(read(origin, device, torch.float32), origin.tokenizer(CLIPTokenizer, CLIP_H))
 
-    def score(images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return clip.model.logit_scale.exp() * clip.cosine(images_B3HW, prompts)
+    def score(images_B3HW: Tensor, prompts: Sequence[str], *, rounded: bool) -> Tensor:
+        return clip.model.logit_scale.exp() * clip.cosine(images_B3HW, prompts, rounded=rounded)
 
-    return batched(score)
+    return batched(score, clip.model)
 
 
-def clipscore(device: torch.device | str, source: str | None = None) -> Reward:
+def clipscore(device: torch.device | str, source: str | None = None) -> DifferentiableReward:
     """Factory of `clipscore`; source: a folder or hub id. Raises ValueError if it is not there."""
     origin = Origin.of("clipscore", source, CLIP_L)
     clip = Clip(read(origin, device, half_on_gpu(device)), origin.tokenizer(CLIPTokenizer, CLIP_L))
-    return batched(clip.cosine)
+    return batched(clip.cosine, clip.model)

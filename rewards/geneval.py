@@ -164,5 +164,5 @@ def _inside(origin: Origin, name: str) -> Origin | None:
     return Origin(origin.reward, str(folder)) if folder.is_dir() else None
 
 
-def _square(images_B3HW: Tensor, side: int) -> Tensor:
-    return centre_crop(images_B3HW, side, round_half)  # open_clip's crop is torchvision's
+def _square(images_B3HW: Tensor, side: int, *, rounded: bool = True) -> Tensor:
+    return centre_crop(images_B3HW, side, round_half, rounded=rounded)  # open_clip's crop is torchvision's

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from rewards import Reward
+from rewards import DifferentiableReward
 from rewards.clip import Clip
 from rewards.preprocessing import pad_to_square
 from rewards.step_aware import CLIP_H, clip_h_config
@@ -61,7 +61,7 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _reward(name: str, stem: str, device: torch.device | str, source: str | None) -> Reward:
+def _reward(name: str, stem: str, device: torch.device | str, source: str | None) -> DifferentiableReward:
     import ftfy
 
     origin = Origin.of(name, source, HUB)
@@ -72,17 +72,18 @@ def _reward(name: str, stem: str, device: torch.device | str, source: str | None
         raise origin.unreadable(str(file), error) from error
     clip = Clip(model.to(device), origin.tokenizer(CLIPTokenizer, CLIP_H), pad_to_square)
 
-    def score(images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return clip.cosine(images_B3HW, [html.unescape(html.unescape(ftfy.fix_text(prompt))) for prompt in prompts])
+    def score(images_B3HW: Tensor, prompts: Sequence[str], *, rounded: bool) -> Tensor:
+        clean = [html.unescape(html.unescape(ftfy.fix_text(prompt))) for prompt in prompts]
+        return clip.cosine(images_B3HW, clean, rounded=rounded)
 
-    return batched(score)
+    return batched(score, clip.model)
 
 
-def v2_1(device: torch.device | str, source: str | None = None) -> Reward:
+def v2_1(device: torch.device | str, source: str | None = None) -> DifferentiableReward:
     """Factory of `hpsv2`; source: the weights' file, or a folder. Raises ValueError if something is not there."""
     return _reward("hpsv2", "HPS_v2.1_compressed", device, source)
 
 
-def v2_0(device: torch.device | str, source: str | None = None) -> Reward:
+def v2_0(device: torch.device | str, source: str | None = None) -> DifferentiableReward:
     """Factory of `hpsv2_v2.0`; source: the weights' file, or a folder. Raises ValueError if something is not there."""
     return _reward("hpsv2_v2.0", "HPS_v2_compressed", device, source)

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rewards import Reward
+from rewards import DifferentiableReward
 from rewards.aesthetic import LinearHead
 from rewards.preprocessing import centre_crop, round_half
 from rewards.weights import Origin, assemble, batched, half_on_gpu, renamed
@@ -98,10 +98,13 @@ class ImageReward:
     head: LinearHead
     tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) standardised scores of images in [0, 1]."""
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], *, rounded: bool = True) -> Tensor:
+        """(B,) standardised scores of images in [0, 1].
+
+        rounded: see `rewards.preprocessing`.
+        """
         device = self.vision.device
-        pixels = centre_crop(images_B3HW, self.vision.config.image_size, round_half)
+        pixels = centre_crop(images_B3HW, self.vision.config.image_size, round_half, rounded=rounded)
         patches = self.vision(pixels.to(device, self.vision.dtype)).last_hidden_state
         rows = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS)
         ids, mask = (torch.tensor(rows[name], device=device) for name in ("input_ids", "attention_mask"))
@@ -109,7 +112,7 @@ class ImageReward:
         return (self.head(read[:, 0]) - MEAN) / STD
 
 
-def imagereward(device: torch.device | str, source: str | None = None) -> Reward:
+def imagereward(device: torch.device | str, source: str | None = None) -> DifferentiableReward:
     """Factory of `imagereward`; source: the file, or a folder.
 
     Raises ValueError if something is not there.
@@ -127,4 +130,4 @@ def imagereward(device: torch.device | str, source: str | None = None) -> Reward
         )
     except ValueError as error:
         raise origin.unreadable(str(file), error) from error
-    return batched(ImageReward(*parts, origin.tokenizer(BertTokenizer, BERT)))
+    return batched(ImageReward(*parts, origin.tokenizer(BertTokenizer, BERT)), *parts)

@@ -1,4 +1,4 @@
-"""The list of rewards as text: range, model, needs, missing packages."""
+"""The list of rewards as text: range, gradient, model, needs, packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rewards import REWARDS, RewardSpec
 from rlg import extras
 from rlg.config_parser import Command, option
 
-_COLUMNS = ("name", "range", "model", "needs", "pip install", "installed", "what it is")
+_COLUMNS = ("name", "range", "gradient", "model", "needs", "pip install", "installed", "what it is")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,16 @@ def table() -> str:
     Below a header and a rule, each reward has a line.
     """
     rows = [
-        (name, spec.range, spec.model, spec.needs, _extra(spec), _installed(spec), spec.summary)
+        (name, spec.range, _gradient(spec), spec.model, spec.needs, _extra(spec), _installed(spec), spec.summary)
         for name, spec in REWARDS.items()
     ]
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
     lines = [_COLUMNS, tuple("-" * width for width in widths), *rows]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _gradient(spec: RewardSpec) -> str:
+    return "yes" if spec.gradient else "-"
 
 
 def _extra(spec: RewardSpec) -> str:

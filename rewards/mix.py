@@ -104,7 +104,7 @@ class RewardMix:
 
         Raises as the whole mix does.
         """
-        _check_batch(images_B3HW, prompts, metadata)
+        check_batch(images_B3HW, prompts, metadata)
         import torch  # here, because the table of rewards is read without torch
 
         with torch.no_grad():
@@ -189,7 +189,11 @@ def _load(spec: RewardSpec, device: torch.device | str, source: str | None) -> R
         raise RewardError(f"{spec.factory} called sys.exit({error.code!r})") from error
 
 
-def _check_batch(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+def check_batch(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for what is no batch of images in [0, 1].
+
+    The numbers of images, prompts and metadata must agree, too.
+    """
     if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3 or not images_B3HW.is_floating_point():
         shape = tuple(images_B3HW.shape)
         raise ValueError(f"images must be a float tensor (B, 3, H, W), got {images_B3HW.dtype} {shape}")

@@ -30,6 +30,7 @@ class RewardSpec:
     extra: str = ""  # extra of pyproject.toml that brings them
     # mostly waits for a server: called while sampling goes on, maybe by two threads (background.py)
     waits: bool = False
+    gradient: bool = False  # the factory makes a `DifferentiableReward`; see `rewards.gradients`
 
     def missing(self) -> list[str]:
         """Modules that are not installed."""
@@ -41,33 +42,37 @@ class RewardSpec:
 REWARDS: dict[str, RewardSpec] = {
     "jpeg_compressibility": RewardSpec("rewards.jpeg:compressibility", "minus the JPEG's kB", "< 0", "Pillow"),
     "jpeg_incompressibility": RewardSpec("rewards.jpeg:incompressibility", "the JPEG's kB", "> 0", "Pillow"),
-    "colourfulness": RewardSpec("rewards.colourfulness:colourfulness", "colours far apart and pure", ">= 0", "-"),
+    "ink": RewardSpec("rewards.ink:ink", "a soft size of the JPEG", ">= 0", "-", gradient=True),
+    "smoothness": RewardSpec("rewards.smoothness:smoothness", "minus total variation", "<= 0", "-", gradient=True),
+    "colourfulness": RewardSpec(
+        "rewards.colourfulness:colourfulness", "colours far apart and pure", ">= 0", "-", gradient=True
+    ),
     "gravity": RewardSpec("rewards.gravity:gravity", "things lie low in the picture", "[0, 100]", "-"),
     "composition": RewardSpec("rewards.composition:partial", "GenEval's partial credit", "[0, 1]", "blobs"),
     "composition_strict": RewardSpec("rewards.composition:strict", "GenEval's verdict", "0 or 1", "blobs"),
     "pickscore": RewardSpec(
         "rewards.clip:pickscore", "human preference", "about 18 to 24", "yuvalkirstain/PickScore_v1",
-        "download", "a folder or hub id with a CLIP",
+        "download", "a folder or hub id with a CLIP", gradient=True,
     ),
     "hpsv2": RewardSpec(
         "rewards.hpsv2:v2_1", "human preference", "about 0.14 to 0.31", "xswu/HPSv2 (v2.1)",
-        "download", "HPS_v2.1_compressed.pt, or its folder", modules=("ftfy",), extra="hpsv2",
+        "download", "HPS_v2.1_compressed.pt, or its folder", ("ftfy",), "hpsv2", gradient=True,
     ),
     "hpsv2_v2.0": RewardSpec(
         "rewards.hpsv2:v2_0", "human preference", "about 0.23 to 0.28", "xswu/HPSv2 (v2.0)",
-        "download", "HPS_v2_compressed.pt, or its folder", modules=("ftfy",), extra="hpsv2",
+        "download", "HPS_v2_compressed.pt, or its folder", ("ftfy",), "hpsv2", gradient=True,
     ),
     "imagereward": RewardSpec(
         "rewards.imagereward:imagereward", "human preference", "about -2 to 2", "ImageReward-v1.0",
-        "download", "ImageReward.pt, or its folder",
+        "download", "ImageReward.pt, or its folder", gradient=True,
     ),
     "aesthetic": RewardSpec(
         "rewards.aesthetic:aesthetic", "LAION aesthetics", "about 4 to 7", "CLIP ViT-L/14 + linear head",
-        "download", "sac+logos+ava1-l14-linearMSE.pth, or its folder",
+        "download", "sac+logos+ava1-l14-linearMSE.pth, or its folder", gradient=True,
     ),
     "clipscore": RewardSpec(
         "rewards.clip:clipscore", "text-image cosine", "about 0.15 to 0.35", "CLIP ViT-L/14",
-        "download", "a folder or hub id with a CLIP",
+        "download", "a folder or hub id with a CLIP", gradient=True,
     ),
     "ocr": RewardSpec("rewards.ocr:ocr", "the quoted text is legible", "[0, 1]", "PP-OCRv6 small",
                       source="rapidocr or paddleocr", modules=("rapidocr", "onnxruntime", "rapidfuzz"), extra="ocr"),
@@ -108,6 +113,22 @@ def lookup(name: str) -> RewardSpec:
     if source and not REWARDS[name].source:
         raise ValueError(f"reward {name!r} takes no source, got {source!r}")
     return REWARDS[name]
+
+
+def require_gradients(names: Sequence[str]) -> None:
+    """Raise ValueError for a reward without a gradient.
+
+    names: each as NAME or NAME=SOURCE.
+    """
+    for name in names:
+        if not lookup(name).gradient:
+            raise ValueError(no_gradient(str(name).partition("=")[0]))
+
+
+def no_gradient(name: str) -> str:
+    """The error for a reward without a gradient, with the way out."""
+    able = ", ".join(known for known, spec in REWARDS.items() if spec.gradient)
+    return f"reward {name!r} has no gradient: VARD trains with any reward; these have one: {able}"
 
 
 def places(names: Sequence[str]) -> dict[str, str]:

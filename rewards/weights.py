@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rewards import Reward
+from rewards import DifferentiableReward
 
 BATCH = 32  # images of a forward pass
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # a folder with one of these has a tokenizer
@@ -169,18 +169,30 @@ def half_on_gpu(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else torch.float16
 
 
-def batched(score: Callable[[Tensor, Sequence[str]], Tensor]) -> Reward:
+class Score(Protocol):
+    """(B,) scores of images in [0, 1] and prompts.
+
+    rounded: the images are rounded to 256 levels, as published; without it the scores have a gradient.
+    """
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], *, rounded: bool) -> Tensor: ...
+
+
+def batched(score: Score, *networks: nn.Module) -> DifferentiableReward:
     """A reward from a function of images and prompts.
 
-    The function is called with at most `BATCH` of them.
+    networks: the function's own. The reward calls it with at most `BATCH` images.
     """
 
     @torch.no_grad()
     def reward(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         parts = [
-            score(images_B3HW[start : start + BATCH], prompts[start : start + BATCH]).float().cpu()
+            score(images_B3HW[start : start + BATCH], prompts[start : start + BATCH], rounded=True).float().cpu()
             for start in range(0, len(prompts), BATCH)
         ]
         return torch.cat(parts) if parts else torch.zeros(0)
 
-    return reward
+    def unrounded(images_B3HW: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return score(images_B3HW, prompts, rounded=False)
+
+    return DifferentiableReward(reward, unrounded, networks)

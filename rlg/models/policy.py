@@ -21,6 +21,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlg.diffusion.conditioning import Conditioning
 from rlg.diffusion.process import Process, Schedule, config_of
@@ -32,6 +33,8 @@ from rlg.models.tuned_model import TunedModel, resolve
 _ENCODE_BATCH = 64
 # Bytes of one channel in the autoencoder: 4 images of 1024 x 1024 in bfloat16, which take about 6 GiB.
 _BYTES_AT_ONCE = 2**23
+# An image's graph takes as much as 8 images take without one: 12 GiB for 1024 x 1024 in bfloat16.
+_GRAPH = 8
 
 
 class Policy:
@@ -177,16 +180,36 @@ class Policy:
 
         The batch is decoded in parts of `batch` images, or of fewer if the images are large.
         """
-        height, width = (self.pipe.vae_scale_factor * side for side in latents_BCHW.shape[2:])
-        parts = latents_BCHW.split(self._at_once(batch, height, width))
+        parts = latents_BCHW.split(self._at_once(batch, *self._pixels(latents_BCHW)))
         return torch.cat([self.backbone.decode(self.pipe, part) for part in parts])
 
-    def _at_once(self, batch: int, height: int, width: int) -> int:
+    def decode_with_grad(self, latents_BCHW: Tensor, batch: int = 64) -> Tensor:
+        """Images as `decode` makes them, with a graph to the latents.
+
+        Parts are smaller than those of `decode`, and only the images are kept. The backward pass decodes a part again,
+        so it holds the activations of one part at a time. The autoencoder gets no gradient. A pixel that is clamped
+        to [0, 1] has none.
+        """
+        parts = latents_BCHW.split(self._at_once(batch, *self._pixels(latents_BCHW), cost=_GRAPH))
+
+        def decode(part_BCHW: Tensor) -> Tensor:
+            return self.backbone.decode(self.pipe, part_BCHW)
+
+        # An autoencoder draws nothing when it decodes, so there is no state of a generator to keep.
+        return torch.cat([checkpoint(decode, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+    def _pixels(self, latents_BCHW: Tensor) -> tuple[int, int]:
+        """Height and width of the images of latents."""
+        height, width = (self.pipe.vae_scale_factor * side for side in latents_BCHW.shape[2:])
+        return height, width
+
+    def _at_once(self, batch: int, height: int, width: int, cost: int = 1) -> int:
         """Number of images that go through the autoencoder together.
 
-        Its memory grows with their pixels.
+        Its memory grows with their pixels. cost: an image takes the memory of so many.
         """
-        return max(1, min(batch, _BYTES_AT_ONCE // (height * width * self.pipe.vae.dtype.itemsize)))
+        pixel_bytes = height * width * self.pipe.vae.dtype.itemsize
+        return max(1, min(batch, _BYTES_AT_ONCE // (cost * pixel_bytes)))
 
     def add_lora(self, rank: int, alpha: int, targets: Sequence[str] | None = None) -> list[nn.Parameter]:
         """Attach a new LoRA and return its parameters.

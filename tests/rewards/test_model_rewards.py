@@ -24,40 +24,11 @@ from tests.conftest import check_contract
 from tests.support import published, published_forward
 from tests.support.published_forward import below
 
-CLIPS = ("pickscore", "clipscore")
-HPS = {"hpsv2": "HPS_v2.1_compressed.pt", "hpsv2_v2.0": "HPS_v2_compressed.pt"}
-NAMES = (*CLIPS, *HPS, "imagereward", "aesthetic")
+pytestmark = pytest.mark.usefixtures("tiny_architectures")
+HPS, NAMES = published.HPS, published.REWARDS
 PROMPTS = ["a red circle", "two blue crosses", "green squares and a red's", "red", "a " * 60 + "red circle"]
 TOLERANCE = 1e-5  # matrix products round differently in batches of other sizes
 PICTURES = (5, 3, 40, 61)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name -> folder with everything that the reward reads."""
-    root = tmp_path_factory.mktemp("published")
-    for name in NAMES:
-        (root / name).mkdir()
-    for name in (*CLIPS, "aesthetic"):
-        published.write_clip(root / name)
-    head = published.random_tensors(published.head_shapes(published.EMBEDDING))
-    torch.save(head, root / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth")
-    shapes = published.open_clip_shapes(published.TINY, published.EMBEDDING)
-    for name, file in HPS.items():
-        torch.save({"state_dict": published.random_tensors(shapes), "epoch": 1}, root / name / file)
-        published.write_clip_tokenizer(root / name)
-    weights = published.random_tensors(published.imagereward_shapes(published.BLIP_TINY))
-    torch.save(weights, root / "imagereward" / "ImageReward.pt")
-    published.write_bert_tokenizer(root / "imagereward")
-    return {name: root / name for name in NAMES}
-
-
-@pytest.fixture(autouse=True)
-def tiny_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where the architecture is not in the checkpoint, that of `published`; and nothing from the hub."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
-    monkeypatch.setattr(hpsv2, "clip_h_config", published.tiny_clip_config)
-    monkeypatch.setattr(imagereward, "configs", published.tiny_blip_configs)
 
 
 @pytest.fixture

@@ -49,6 +49,9 @@ VIT_H = Sizes(1280, 32, 1024, 24, 49408, 77, 256)  # hpsv2/src/open_clip/model_c
 BLIP_L = Sizes(1024, 24, 768, 12, 30524, 512, 196, patch=16)  # ImageReward/models/BLIP, med_config.json
 BLIP_TINY = Sizes(32, 2, 48, 2, len(BERT_WORDS), 40, (SIDE // PATCH) ** 2)
 EMBEDDING = 24  # of tiny CLIPs
+CLIPS = ("pickscore", "clipscore")
+HPS = {"hpsv2": "HPS_v2.1_compressed.pt", "hpsv2_v2.0": "HPS_v2_compressed.pt"}
+REWARDS = (*CLIPS, *HPS, "imagereward", "aesthetic")
 
 
 def _linear(name: str, out: int, into: int) -> Shapes:
@@ -206,6 +209,23 @@ def write_clip(folder: Path) -> CLIPModel:
     model.save_pretrained(folder)
     write_clip_tokenizer(folder)
     return model
+
+
+def write_rewards(root: Path) -> dict[str, Path]:
+    """A folder for each of `REWARDS`, with everything that the reward reads; by name."""
+    folders = {name: root / name for name in REWARDS}
+    for folder in folders.values():
+        folder.mkdir()
+    for name in (*CLIPS, "aesthetic"):
+        write_clip(folders[name])
+    torch.save(random_tensors(head_shapes(EMBEDDING)), folders["aesthetic"] / "sac+logos+ava1-l14-linearMSE.pth")
+    for name, file in HPS.items():
+        weights = random_tensors(open_clip_shapes(TINY, EMBEDDING))
+        torch.save({"state_dict": weights, "epoch": 1}, folders[name] / file)
+        write_clip_tokenizer(folders[name])
+    torch.save(random_tensors(imagereward_shapes(BLIP_TINY)), folders["imagereward"] / "ImageReward.pt")
+    write_bert_tokenizer(folders["imagereward"])
+    return folders
 
 
 def tiny_mask2former_config(classes: int) -> Mask2FormerConfig:
