@@ -128,7 +128,7 @@ def require_gradients(names: Sequence[str]) -> None:
 def no_gradient(name: str) -> str:
     """The error for a reward without a gradient, with the way out."""
     able = ", ".join(known for known, spec in REWARDS.items() if spec.gradient)
-    return f"reward {name!r} has no gradient: VARD trains with any reward; these have one: {able}"
+    return f"reward {name!r} has no gradient: GRPO and NFT train with any reward; these have one: {able}"
 
 
 def places(names: Sequence[str]) -> dict[str, str]:

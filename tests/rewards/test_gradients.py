@@ -69,13 +69,13 @@ def test_the_table_says_which_rewards_have_a_gradient(source: Callable[[str], st
 
 @pytest.mark.parametrize("names", [["jpeg_compressibility"], ["ink", "geneval=no/such"], ["remote=http://no"]])
 def test_a_reward_without_a_gradient_is_refused_in_one_line_that_names_vard(names: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"^reward '\w+' has no gradient: VARD .* these have one: ink, ") as caught:
+    with pytest.raises(ValueError, match=r"^reward '\w+' has no gradient: GRPO .* these have one: ink, ") as caught:
         gradients.build(names)
     assert "\n" not in str(caught.value)
 
 
 def test_a_function_without_a_gradient_is_refused_too() -> None:
-    with pytest.raises(ValueError, match="reward 'mine' has no gradient: VARD"):
+    with pytest.raises(ValueError, match="reward 'mine' has no gradient: GRPO"):
         GradientReward(RewardMix({"mine": lambda images, prompts, metadata: images.mean(dim=(1, 2, 3))}, (1.0,)))
 
 
