@@ -17,8 +17,9 @@ from rlg.guidance.guided import with_cfg
 from rlg.models import skeleton
 from rlg.models.backbones import backbone_of
 from rlg.models.policy import Policy
-from trainers.core import dry_run, memory_plan
-from trainers.core.memory_plan import GIB, Plan
+from trainers.benchmark import memory_plan
+from trainers.benchmark.memory_plan import GIB, Plan
+from trainers.core import dry_run
 from trainers.dpo_config import DPOConfig
 from trainers.grpo_config import GRPOConfig
 from trainers.nft_config import NFTConfig

@@ -9,7 +9,7 @@ import yaml
 
 from rlg.models import hub
 from rlg.tasks import prompt_sets
-from trainers.core import memory_plan
+from trainers.benchmark import memory_plan
 from trainers.core.config import RunConfig, in_use
 
 _PROMPTS = ("prompts", "eval_prompts")
