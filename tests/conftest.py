@@ -35,21 +35,28 @@ from rlg.prompts import Prompt
 from rlg.tinyworld import networks
 from tests.support import perturbed_kernels
 from tests.support.golden import RTOL, Golden
-from tests.support.smooth_rewards import SMOOTH, brightness
+from tests.support.smooth_rewards import SMOOTH, build_brightness
 from tests.support.tiny_families import FAMILIES
+from trainers.adjoint_matching import AdjointMatchingConfig, AdjointMatchingTrainer
 from trainers.core.online import OnlineTrainer
 from trainers.dpo import DPOConfig, OnlineDPOTrainer
+from trainers.draft import DRaFTConfig, DRaFTTrainer
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.nft import NFTConfig, NFTTrainer
 from trainers.rwr import RWRConfig, RWRTrainer
 from trainers.spo import SPOConfig, SPOTrainer
+from trainers.vgg_flow import VGGFlowConfig, VGGFlowTrainer
 
+BRIGHTNESS = build_brightness("cpu", None)
 ONLINE = {
+    "adjoint_matching": (AdjointMatchingConfig, AdjointMatchingTrainer),
+    "draft": (DRaFTConfig, DRaFTTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),
     "nft": (NFTConfig, NFTTrainer),
     "online_dpo": (partial(DPOConfig, online=True), OnlineDPOTrainer),
     "rwr": (RWRConfig, RWRTrainer),
     "spo": (SPOConfig, SPOTrainer),
+    "vgg_flow": (VGGFlowConfig, VGGFlowTrainer),
 }
 pytest_plugins = ["tests.support.guided_pipelines"]
 PROMPTS = [Prompt(text) for text in ("a red circle", "two blue crosses", "three green squares")]
@@ -195,7 +202,7 @@ def tiny_online(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[
     It is of an algorithm in ONLINE, or of (its config, itself).
     """
 
-    def make(algorithm: Any, family: str = "sd3", reward: Reward = brightness, **options: Any) -> OnlineTrainer:
+    def make(algorithm: Any, family: str = "sd3", reward: Reward = BRIGHTNESS, **options: Any) -> OnlineTrainer:
         tiny = {
             "base": str(tiny_folder(family)),
             "name": "run",

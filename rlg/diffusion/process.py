@@ -90,6 +90,11 @@ def shifts_by_size(config: Mapping[str, Any]) -> bool:
     return _is_flow(config) and bool(config.get("use_dynamic_shifting"))
 
 
+def memoryless_level(config: Mapping[str, Any]) -> float:
+    """Level of "sde" whose end forgets its start (arXiv 2409.08861, table 1)."""
+    return math.sqrt(2) if _is_flow(config) else 1.0
+
+
 def linear_mu(config: Mapping[str, Any], tokens: int) -> float:
     """`mu` of an image that has so many tokens.
 
@@ -253,10 +258,7 @@ def _is_flow(config: Mapping[str, Any]) -> bool:
 
 
 def _shift(config: Mapping[str, Any], mu: float | None) -> float:
-    """The factor by which a flow scheduler shifts sigma / (1 - sigma).
-
-    The multistep solvers call it flow_shift.
-    """
+    """Factor of a flow scheduler's shift of sigma / (1 - sigma), its flow_shift."""
     if not shifts_by_size(config):
         return config.get("shift") or config.get("flow_shift") or 1.0
     if mu is None:

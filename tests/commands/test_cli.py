@@ -379,14 +379,14 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert "are not divisible by" in refused(training("--dry_run", "--batch_size", "3"))
 
 
-TRAINERS = ("grpo", "dpo", "spo", "nft", "rwr")
+TRAINERS = ("grpo", "dpo", "spo", "nft", "rwr", "adjoint_matching", "draft", "vgg_flow")
 CONFIGS = [file for folder in (*TRAINERS, "tiny") for file in sorted(ROOT.glob(f"configs/{folder}/*.yaml"))]
 
 
 def trainer_of(config: Path) -> str:
     """The trainer of a config: its folder's, or among the tiny ones that of its name; the demo is SPO."""
-    named = config.parent.name if config.parent.name != "tiny" else config.stem.split("_")[0]
-    return "spo" if named == "demo" else named
+    named = config.parent.name if config.parent.name != "tiny" else config.stem
+    return "spo" if named == "demo" else next(name for name in (*TRAINERS, "spm") if named.startswith(name))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda f: f"{f.parent.name}-{f.stem}")

@@ -9,16 +9,29 @@ import pytest
 
 from rlg import config_parser
 from tests.support.paths import ROOT
+from trainers.adjoint_matching_config import AdjointMatchingConfig
 from trainers.core.config import RunConfig, parse_config
 from trainers.dpo_config import DPOConfig
+from trainers.draft_config import DRaFTConfig
 from trainers.grpo_config import GRPOConfig
 from trainers.nft_config import NFTConfig
 from trainers.rwr_config import RWRConfig
 from trainers.spm_config import SPMConfig
 from trainers.spo_config import SPOConfig
+from trainers.vgg_flow_config import VGGFlowConfig
 
 CONFIGS = ROOT / "configs"
-KINDS = {"dpo": DPOConfig, "grpo": GRPOConfig, "nft": NFTConfig, "rwr": RWRConfig, "spm": SPMConfig, "spo": SPOConfig}
+KINDS = {
+    "adjoint_matching": AdjointMatchingConfig,
+    "dpo": DPOConfig,
+    "draft": DRaFTConfig,
+    "grpo": GRPOConfig,
+    "nft": NFTConfig,
+    "rwr": RWRConfig,
+    "spm": SPMConfig,
+    "spo": SPOConfig,
+    "vgg_flow": VGGFlowConfig,
+}
 TINY_ONLINE = ["--base", "tiny-sd", "--name", "a", "--prompts", "p.txt"]
 LINES = [
     (GRPOConfig, [*TINY_ONLINE, "--reward", "a", "b", "--no_skip_last_step", "--tf32", "no", "--beta", "0.5"]),
@@ -43,7 +56,7 @@ class Options:
 def written() -> list[tuple[type[RunConfig], Path]]:
     """Every config of a training in configs/, and what it is a config of; folders or file names say so."""
     trained = [*(CONFIGS / "tiny").glob("*_*.yaml"), *(CONFIGS / "equivalence").glob("[gr]*.yaml")]
-    rows = [(KINDS[file.name.split("_")[0]], file) for file in trained]
+    rows = [(next(kind for name, kind in KINDS.items() if file.name.startswith(name)), file) for file in trained]
     rows += [(KINDS[name], file) for name in ("dpo", "grpo", "spo") for file in (CONFIGS / name).glob("*.yaml")]
     return sorted([*rows, (SPOConfig, CONFIGS / "tiny" / "demo.yaml")], key=lambda row: row[1])
 

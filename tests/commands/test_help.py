@@ -19,7 +19,21 @@ COMMANDS = [
     *("rlg.contact_sheet", "rlg.benchmark.guidance_figure", "rlg.status", "rlg.sweep", "rewards", "rewards.serve"),
     *("rlg.preferences", "rlg.pretraining", "rlg.pretraining.show", "rlg.tinyworld.show"),
     "rlg.pretraining.sprites",
-    *(f"train_{name}" for name in ("dpo", "dpo --online", "grpo", "nft", "rwr", "spm", "spo")),
+    *(
+        f"train_{name}"
+        for name in (
+            "adjoint_matching",
+            "dpo",
+            "dpo --online",
+            "draft",
+            "grpo",
+            "nft",
+            "rwr",
+            "spm",
+            "spo",
+            "vgg_flow",
+        )
+    ),
 ]
 TRY = """
 import contextlib, io, json, runpy, sys

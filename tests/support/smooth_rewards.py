@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewards import Reward, RewardSpec
+from rewards import DifferentiableReward, Reward, RewardSpec
 
 _HERE = "tests.support.smooth_rewards"
 SMOOTH = {
-    "brightness": RewardSpec(f"{_HERE}:build_brightness", "mean of the pixels", "[0, 1]", "-"),
+    "brightness": RewardSpec(f"{_HERE}:build_brightness", "mean of the pixels", "[0, 1]", "-", gradient=True),
     "contrast": RewardSpec(f"{_HERE}:build_contrast", "standard deviation of the pixels", "[0, 0.5]", "-"),
 }
 
@@ -27,9 +27,9 @@ def contrast(images_B3HW: Tensor, prompts: list[str], metadata: list[dict]) -> T
     return images_B3HW.flatten(1).std(dim=1)
 
 
-def build_brightness(device: torch.device | str, source: str | None) -> Reward:
+def build_brightness(device: torch.device | str, source: str | None) -> DifferentiableReward:
     """A factory, as the table of rewards names them."""
-    return brightness
+    return DifferentiableReward(brightness, brightness)
 
 
 def build_contrast(device: torch.device | str, source: str | None) -> Reward:

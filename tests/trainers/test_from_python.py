@@ -23,15 +23,29 @@ from rlg.prompts import Prompt
 from tests.support.documented import python_blocks
 from tests.support.paths import ROOT
 from tests.support.smooth_rewards import brightness
+from trainers.adjoint_matching import AdjointMatchingTrainer
 from trainers.data import preference_pairs
 from trainers.dpo import DPOConfig, DPOTrainer, OnlineDPOTrainer, trainer_of
+from trainers.draft import DRaFTTrainer
 from trainers.grpo import GRPOConfig, GRPOTrainer
 from trainers.nft import NFTTrainer
 from trainers.rwr import RWRTrainer
 from trainers.spm import SPMConfig, SPMTrainer
 from trainers.spo import SPOTrainer
+from trainers.vgg_flow import VGGFlowTrainer
 
-TRAINERS = (GRPOTrainer, NFTTrainer, RWRTrainer, SPOTrainer, DPOTrainer, OnlineDPOTrainer, SPMTrainer)
+TRAINERS = (
+    AdjointMatchingTrainer,
+    DRaFTTrainer,
+    GRPOTrainer,
+    NFTTrainer,
+    RWRTrainer,
+    SPOTrainer,
+    DPOTrainer,
+    OnlineDPOTrainer,
+    SPMTrainer,
+    VGGFlowTrainer,
+)
 ORDER = ("config", "policy", "reward", "prompts", "data", "held_out", "eval_prompts", "accelerator")
 TEXTS = ["a red circle", "two blue crosses"]
 LORA = {"dtype": "float32", "lora_rank": 2, "lora_alpha": 4, "learning_rate": 1e-2, "steps": 3}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from rewards.table import REWARDS, require_gradients
 from rlg import config_parser
 from rlg.cli import stop
 from rlg.io.parsing import read_yaml
@@ -269,6 +270,47 @@ class AdvantageConfig(SamplingConfig):
         require_choice(self, "scale_rewards", SCALES)
         require_choice(self, "reward_aggregation", ("sum", "advantage"))
         require_positive(self, "advantage_clip")
+
+
+@dataclass(kw_only=True)
+class RewardGradientConfig(SamplingConfig):
+    """Options of training by a reward's gradient.
+
+    A sample is compared with no other, so a group may be one image.
+    """
+
+    MIN_GENERATIONS = 1
+
+    num_generations: int = field(default=1, metadata={"help": "images a prompt"})
+
+    def check_inputs(self, given: Collection[str] = ()) -> None:
+        """Raise ValueError for a reward that is known to have no gradient."""
+        super().check_inputs(given)
+        weights = self.reward_weights or [1.0] * len(self.reward)
+        weighted = [name for name, weight in zip(self.reward, weights, strict=False) if weight]
+        require_gradients([name for name in weighted if name.partition("=")[0] in REWARDS])
+
+
+@dataclass(kw_only=True)
+class TrainedStepsConfig(RewardGradientConfig):
+    """Options of training at some steps of each sample's trajectory."""
+
+    num_train_steps: int | None = field(
+        default=None, metadata={"help": "denoising steps of a sample that are trained at (default: all that can be)"}
+    )
+    last_train_steps: int = field(
+        default=1, metadata={"help": "of these, the last steps, which are always trained at; the others are random"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "num_train_steps")
+        if self.last_train_steps < 0:
+            raise ValueError(f"last_train_steps must not be negative, got {self.last_train_steps}")
+        if self.num_train_steps is not None and self.last_train_steps > self.num_train_steps:
+            raise ValueError(
+                f"last_train_steps = {self.last_train_steps} is more than num_train_steps = {self.num_train_steps}"
+            )
 
 
 def own_options(kind: type[RunConfig], base: type[RunConfig]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rewards import RewardScores
 from rewards.background import EarlyScores
 from rlg.diffusion import sampling
 from rlg.diffusion.conditioning import Conditioning, Predictor
@@ -227,8 +228,7 @@ class OnlineTrainer(Trainer):
         group is left, None stands for the advantages.
         """
         accelerator = self.accelerator
-        scorer = samples.early.finish if samples.early else self.reward
-        scores = scorer(samples.images_B3HW, *self._texts(samples.prompt_B))
+        scores = self.scores_of(samples)
         self.scores = scores.parts
         group_B = accelerator.gather(samples.prompt_B.to(accelerator.device)).cpu()
         total_B = accelerator.gather(scores.total_B.to(accelerator.device)).cpu().double()
@@ -249,6 +249,11 @@ class OnlineTrainer(Trainer):
         local = len(samples.prompt_B)
         start = accelerator.process_index * local
         return advantage_B[start : start + local].float().to(accelerator.device), metrics
+
+    def scores_of(self, samples: Scored) -> RewardScores:
+        """Scores of this process's images."""
+        scorer = samples.early.finish if samples.early else self.reward
+        return scorer(samples.images_B3HW, *self._texts(samples.prompt_B))
 
     def advantages(self, total_B: Tensor, parts: dict[str, Tensor], group_B: Tensor) -> Tensor:
         """(B,) weights of the samples of all processes in the loss.
