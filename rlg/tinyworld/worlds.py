@@ -80,7 +80,7 @@ def world_of_words(tokens: Collection[str]) -> World:
 
 
 def check_words(tokens: Collection[str], texts: Sequence[str]) -> None:
-    """Raise ValueError for a word that a model of a world does not know.
+    """Raise ValueError for a word that the model does not know.
 
     tokens: of the model's CLIP tokenizer. A world of signs spells every word, and other models know far more words
     than these worlds: for both nothing is raised.
