@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-bash launch/demo_seeds.sh
+bash launch/results.sh demo

@@ -24,6 +24,12 @@ def _value(summary: dict[str, Any], reward: str, w: float, key: str, mode: str =
     return values[key], *values["ci95" if key == "mean" else f"{key}_ci95"]
 
 
+def _minus(summary: dict[str, Any], reward: str, w: float) -> tuple[float, float, float]:
+    """Guided minus LoRA x w."""
+    (row,) = (row for row in summary["guided_minus_lora"] if (row["reward"], row["w"]) == (reward, w))
+    return row["delta"], *row["delta_ci95"]
+
+
 def _said(value: tuple[float, float, float], digits: int, sign: str = "+") -> str:
     mean, low, high = value
     return f"{mean:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -45,6 +51,13 @@ def test_readme_says_what_the_demo_came_to(summary: dict[str, Any]) -> None:
     ):
         assert _said(_value(summary, reward, w, key), digits) in text
     assert f"n = {summary['points'][0]['n']}" in text
+    twice = _value(summary, "gravity", 1.0, "delta_vs_tuned", "tuned_2x_steps")
+    best = summary["best"]["gravity"]
+    gain = (best["delta_vs_tuned"], *best["delta_vs_tuned_ci95"])
+    for value, digits in ((twice, 1), (gain, 1), (_minus(summary, "gravity", 3.0), 1)):
+        assert _said(value, digits) in text
+    assert _said(_minus(summary, "composition", 3.0), 3) in text
+    assert f"falls from w = {summary['falls']['composition']['w']:g} on" in text
 
 
 def test_results_have_the_rows_of_the_demo(summary: dict[str, Any]) -> None:
@@ -61,6 +74,8 @@ def test_results_have_the_rows_of_the_demo(summary: dict[str, Any]) -> None:
             cells.append("" if (mode, w) == ("rlg", 0.0) else _said(delta, digits))
         row = " | ".join([*cells, f"{point['nfe_per_image']:g}"]).replace("|  |", "| |")
         assert f"| {row} |" in text
+    for reward, digits in (("gravity", 1), ("composition", 3)):
+        assert all(_said(_minus(summary, reward, w), digits) in text for w in (3.0, 5.0))
 
 
 def test_the_demo_keeps_its_promises(summary: dict[str, Any]) -> None:

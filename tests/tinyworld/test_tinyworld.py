@@ -230,7 +230,7 @@ def test_shipped_weights_are_small_half_precision_and_no_pickles() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_models_show_what_they_are_told(name: str) -> None:
-    """Held-out captions, some of each tag; results/emoji_detector has the accuracy over all of emoji."""
+    """Held-out captions, some of each tag; LOG.md has the accuracy over all of them."""
     policy, test = Policy.load(name), SHIPPED[name][2].composition_prompts("test")
     prompts = [test[i] for i in spread(test, 48)]
     texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
