@@ -6,20 +6,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-_OUT = re.compile(r"\[([^\]]+)\]\(\.\./([^)#\s]+)(?:#[^)\s]*)?\)")
+_UP = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)(?:#[^)\s]*)?\)")
 _ASSET = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Show links to files outside of docs/ as the file's path. Raises ValueError for a file that is not there."""
-    root = Path(config.config_file_path).parent
+    root, docs = Path(config.config_file_path).parent.resolve(), Path(config.docs_dir).resolve()
 
     def path(match: re.Match[str]) -> str:
-        if not (root / match[2]).exists():
+        target = (docs / page.file.src_path).parent.joinpath(match[2]).resolve()
+        if target.is_relative_to(docs):
+            return match[0]
+        if not (target.exists() and target.is_relative_to(root)):
             raise ValueError(f"{page.file.src_path}: no file {match[2]} in the repository")
-        return f"`{match[2]}`"
+        return f"`{target.relative_to(root)}`"
 
-    return _OUT.sub(path, markdown)
+    return _UP.sub(path, markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
