@@ -1,6 +1,6 @@
 """Hold the emoji world's detector beside a second one of another kind.
 
-    python -m rlg.pretraining.agreement --base tiny-sd3-emoji --output runs/emoji_detector
+    python -m rlg.pretraining.agreement --base tiny-sd3-emoji --output results/emoji_detector
 
 The second (`rlg.pretraining.keypoints`) is trained first, some minutes on one core. Both read drawn scenes, whose
 truth is known, and a model's images for held-out prompts. Writes summary.json and README.md.

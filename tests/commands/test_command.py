@@ -220,7 +220,7 @@ def test_an_installed_package_has_its_own_configs(tmp_path: Path, monkeypatch: p
 def test_evaluations_and_trainings_take_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     args = evaluation_options.COMMAND.parse(["--config", "eval/demo", "--ckpt", "x"])
-    assert (args.cfg, args.batch_size) == (2.0, 142)
+    assert (args.cfg, args.batch_size) == (2.0, 144)
     config = parse_config(SPOConfig, ["--config", "tiny/demo", "--max_steps", "1"])
     assert (config.name, config.max_steps, config.divert_end_step) == ("demo", 1, 6)
 

@@ -45,7 +45,7 @@ def evaluations(task: str, *options: str) -> list[list[str]]:
 def test_each_table_has_its_configs() -> None:
     assert {file.stem.removeprefix("tiny_") for file in TINY} == set(TASKS)
     full = {re.sub("_(sd15|sdxl|sd35m)$", "", file.stem) for file in CONFIGS} - {file.stem for file in TINY}
-    assert full == {*TASKS, "demo", "blend_tiny_sd3"}
+    assert full == {*TASKS, "demo", "emoji", "blend_tiny_sd3"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda f: f.stem)

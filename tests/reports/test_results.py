@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from rlg.pool import readme
+from rlg.pretraining import agreement
+from rlg.stats import Estimate
 from tests.support.paths import ROOT
 
 DEMO = ROOT / "results" / "demo"
@@ -90,3 +92,15 @@ def test_the_demo_keeps_its_promises(summary: dict[str, Any]) -> None:
         trained = [training["delta_vs_base"] for training in point["rewards"]["gravity"]["by_training"]]
         assert len(trained) == 3
         assert point["w"] == 0 or all(value > 0 for value in trained)
+
+
+def test_the_two_detectors_are_as_their_file_says() -> None:
+    folder = ROOT / "results" / "emoji_detector"
+    summary = json.loads((folder / "summary.json").read_text())
+    command = "python -m rlg.pretraining.agreement --base tiny-sd3-emoji --output results/emoji_detector"
+    assert (folder / "README.md").read_text() == agreement.readme(summary, command)
+    text = (ROOT / "RESULTS.md").read_text()
+    assert command in text and command in (folder / "command.sh").read_text()
+    for row in summary["images"]:
+        shares = (f"{Estimate.of(each['mean'], each['ci95']):.1%}" for each in row["strict"].values())
+        assert f"| {row['cfg']:g} | {' | '.join(shares)} | {row['kappa']:.3f} |" in text
