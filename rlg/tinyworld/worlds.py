@@ -95,5 +95,5 @@ def check_words(tokens: Collection[str], texts: Sequence[str]) -> None:
         unknown = [word for word in text.lower().split() if word not in world.words]
         if unknown:
             near = difflib.get_close_matches(unknown[0], world.words)
-            hint = f"near it are {', '.join(near)}" if near else f"it knows {len(world.words)}, as {world.words[-1]!r}"
+            hint = f"near it are {', '.join(near)}" if near else f"it knows {len(world.words)} words"
             raise ValueError(f"the model does not know the word {unknown[0]!r}; {hint} (docs/tinyworld.md)")

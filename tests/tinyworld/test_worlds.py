@@ -101,7 +101,7 @@ def test_the_tokenizer_of_a_new_world_needs_its_words_alone() -> None:
         ("a fox and two owl", None),
         ("A Fox", None),  # the tokenizer reads lower case
         ("a foxe and an owl", "does not know the word 'foxe'; near it are fox"),
-        ("a zeppelin", "does not know the word 'zeppelin'; it knows 112, as "),
+        ("a zeppelin", "does not know the word 'zeppelin'; it knows 112 words "),
     ],
 )
 def test_a_word_that_the_world_lacks_is_named(text: str, said: str | None) -> None:
